@@ -1,0 +1,2 @@
+//! `vhost-user-qcow2`: parse, log, run, exit status.
+fn main() {}
