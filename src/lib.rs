@@ -3,6 +3,7 @@ pub mod bytes;
 pub mod error;
 pub mod exec;
 pub mod image;
+pub mod qcow2;
 pub mod raw;
 pub mod storage;
 pub mod sync;

@@ -1,13 +1,17 @@
 //! Raw images: the guest's bytes at the same offset of the host's file.
 
 use crate::bytes::{GuestOffset, HostOffset, round_up};
-use crate::storage::FileId;
+use crate::error::{Error, Result};
+use crate::storage::{FileId, Op, Purpose, Storage};
+use crate::sync::OnceLock;
 
 /// A raw image.
 #[derive(Debug)]
 pub struct Raw {
     file: FileId,
     size: u64,
+    /// A sync failed: what is durable is not known, and none after it may say that all is well.
+    poison: OnceLock<Box<str>>,
 }
 
 impl Raw {
@@ -16,7 +20,7 @@ impl Raw {
     /// The disk is as long as the file rounded up to a sector of 512 bytes; the missing bytes read
     /// as zeros, and writing them makes the file longer.
     pub fn new(file: FileId, length: u64) -> Self {
-        Self { file, size: round_up(length, 512) }
+        Self { file, size: round_up(length, 512), poison: OnceLock::new() }
     }
 
     /// The disk's size in bytes.
@@ -32,5 +36,22 @@ impl Raw {
     /// Where a guest's byte lies.
     pub fn host(&self, at: GuestOffset) -> HostOffset {
         HostOffset(at.0)
+    }
+
+    /// Makes everything that was completed before durable.
+    ///
+    /// # Errors
+    /// When the host cannot, and ever after: the kernel reports a lost page once.
+    pub async fn flush(&self, st: &dyn Storage) -> Result<()> {
+        if let Some(why) = self.poison.get() {
+            let why = format!("flushes are refused since an earlier failure: {why}");
+            return Err(Error::refused("raw image", why));
+        }
+        let done = st.submit(self.file, Purpose::SyncData, Op::Sync).await;
+        done.map_err(|source| {
+            // The first failure is the one to remember.
+            let _ = self.poison.set(source.to_string().into());
+            Error::io("making data durable", source)
+        })
     }
 }

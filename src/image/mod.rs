@@ -1,26 +1,56 @@
 //! The guest's disk: a chain of layers, the top one written to.
+//!
+//! Reads walk the chain by [`chain`](self) and move each run of bytes straight into the guest's
+//! memory. Writes go over the old bytes where the top layer owns them; else the top layer finds
+//! room, the bytes around the guest's are read through the same read path, everything is written
+//! in one go, and the mapping is changed last.
+
+mod chain;
+mod erase;
+pub mod gate;
+mod transfer;
+
+use std::fmt;
 
 use crate::bytes::GuestOffset;
 use crate::error::{Error, Result};
+use crate::image::chain::{Chain, Layer};
+use crate::image::transfer::Batch;
+use crate::qcow2::{Epochs, WritePlan, WriteTarget};
 use crate::raw::Raw;
 use crate::storage::{Buf, Op, Purpose, Storage};
 
+pub use gate::{Format, OpenOptions, create};
+
 /// One guest's disk. Shared by all workers; each brings its own [`Storage`].
-#[derive(Debug)]
 pub struct Image {
-    top: Raw,
+    chain: Chain,
+    size: u64,
     read_only: bool,
+}
+
+impl fmt::Debug for Image {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (size, read_only) = (self.size, self.read_only);
+        write!(f, "Image({size} bytes, {} layers, read only: {read_only})", self.chain.0.len())
+    }
 }
 
 impl Image {
     /// A disk that is one raw file.
     pub fn from_raw(top: Raw, read_only: bool) -> Self {
-        Self { top, read_only }
+        Self::from_layers(vec![Layer::Raw(top)], read_only)
     }
 
-    /// The disk's size in bytes, a multiple of 512.
+    fn from_layers(layers: Vec<Layer>, read_only: bool) -> Self {
+        let size = crate::bytes::round_up(layers[0].size(), 512);
+        Self { chain: Chain(layers), size, read_only }
+    }
+
+    /// The disk's size in bytes, a multiple of 512: a last sector that the image only holds in
+    /// part is filled up with zeros.
     pub fn size(&self) -> u64 {
-        self.top.size()
+        self.size
     }
 
     /// Whether writes are refused.
@@ -28,48 +58,152 @@ impl Image {
         self.read_only
     }
 
+    /// How many layers there are, the top one included.
+    pub fn depth(&self) -> usize {
+        self.chain.0.len()
+    }
+
     /// The unit in bytes in which the host's space is given back: discards smaller than that have
     /// no effect.
     pub fn discard_granularity(&self) -> u64 {
-        4096
+        match self.chain.top() {
+            Layer::Raw(_) => 4096,
+            Layer::Qcow2(image) => image.cluster_size(),
+        }
     }
 
-    /// Fills `buf` with the guest's bytes from `at` on; the caller has checked the range.
+    /// Who may look at clusters of the top layer; a raw file frees none.
+    fn epochs(&self) -> Option<&Epochs> {
+        match self.chain.top() {
+            Layer::Raw(_) => None,
+            Layer::Qcow2(image) => Some(image.epochs()),
+        }
+    }
+
+    fn check_range(&self, at: GuestOffset, len: u64) -> Result<()> {
+        if at.0.checked_add(len).is_none_or(|end| end > self.size) {
+            let why = format!("{len} bytes at {at} lie beyond the disk's {} bytes", self.size);
+            return Err(Error::refused("disk", why));
+        }
+        Ok(())
+    }
+
+    fn check_write(&self, at: GuestOffset, len: u64) -> Result<()> {
+        if self.read_only {
+            return Err(Error::refused("disk", "it was opened read-only"));
+        }
+        self.check_range(at, len)
+    }
+
+    /// Fills `buf` with the guest's bytes from `at` on.
     ///
     /// # Errors
-    /// When the host cannot read, or the image contradicts itself.
+    /// When the range lies beyond the disk, the host cannot read, or the image contradicts itself.
     pub async fn read(&self, st: &dyn Storage, at: GuestOffset, buf: Buf) -> Result<()> {
-        self.run(st, Purpose::GuestRead, Op::Read { at: self.top.host(at), buf }).await
+        self.check_range(at, buf.len() as u64)?;
+        let _stay = self.epochs().map(|epochs| epochs.enter(st.lane()));
+        self.read_chain(st, Purpose::GuestRead, at, buf).await
     }
 
-    /// Writes `buf` at `at`; the caller has checked the range. Durable after the next flush.
+    /// Writes `buf` at `at`. Durable after the next flush.
     ///
     /// # Errors
-    /// When the host cannot write, or the image contradicts itself or was poisoned before.
+    /// When the range lies beyond the disk, the disk is read-only, the host cannot write, or the
+    /// image contradicts itself or was poisoned before.
     pub async fn write(&self, st: &dyn Storage, at: GuestOffset, buf: Buf) -> Result<()> {
-        self.run(st, Purpose::GuestWrite, Op::Write { at: self.top.host(at), buf }).await
+        self.check_write(at, buf.len() as u64)?;
+        let image = match self.chain.top() {
+            Layer::Raw(raw) => {
+                let op = Op::Write { at: raw.host(at), buf };
+                let done = st.submit(raw.file(), Purpose::GuestWrite, op).await;
+                return done.map_err(|source| Error::io("writing the image", source));
+            }
+            Layer::Qcow2(image) => image,
+        };
+        image.start_writing(st).await?;
+        let _stay = image.epochs().enter(st.lane());
+        let mut batch = Batch::default();
+        let result = self.write_parts(st, at, &buf, &mut batch).await;
+        let written = batch.finish().await;
+        image.mark_dirty(image.data_file());
+        result.and(written)
     }
 
-    /// Makes a range read as zeros; with `unmap` the host's space may be given back.
-    ///
-    /// # Errors
-    /// As [`Image::write`].
-    pub async fn write_zeroes(
+    /// Starts in-place writes into `batch`; allocating ones are complete when this returns.
+    async fn write_parts(
+        &self,
+        st: &dyn Storage,
+        at: GuestOffset,
+        buf: &Buf,
+        batch: &mut Batch,
+    ) -> Result<()> {
+        let Layer::Qcow2(image) = self.chain.top() else { unreachable!("checked by the caller") };
+        let mut done = 0;
+        while done < buf.len() {
+            let here = at + done as u64;
+            let left = (buf.len() - done) as u64;
+            let target = match image.lookup_write(here, left)? {
+                Some(target) => target,
+                None => image.map_write(st, here, left).await?,
+            };
+            match target {
+                WriteTarget::InPlace { file, at, len } => {
+                    image.check_overlap(file, at, len)?;
+                    let part = part(buf, done, len);
+                    done += part.len();
+                    batch.add(st.submit(file, Purpose::GuestWrite, Op::Write { at, buf: part }));
+                }
+                WriteTarget::Allocate => {
+                    let Some(plan) = image.prepare_write(st, here, left).await? else { continue };
+                    let len = left.min(plan.start().0 + plan.len() - here.0);
+                    let part = part(buf, done, len);
+                    done += part.len();
+                    self.write_new(st, plan, here, part).await?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Writes whole new clusters: the guest's bytes and, around them, what was there before.
+    async fn write_new(
+        &self,
+        st: &dyn Storage,
+        plan: WritePlan<'_>,
+        at: GuestOffset,
+        buf: Buf,
+    ) -> Result<()> {
+        let Layer::Qcow2(image) = self.chain.top() else { unreachable!("checked by the caller") };
+        let head = at - plan.start();
+        let tail_at = at + buf.len() as u64;
+        let tail = plan.start().0 + plan.len() - tail_at.0;
+        let before = self.old_bytes(st, plan.start(), head, plan.is_fresh()).await?;
+        let after = self.old_bytes(st, tail_at, tail, plan.is_fresh()).await?;
+        let skip = if before.is_some() { 0 } else { head };
+        let whole = Buf::concat([before, Some(buf), after].into_iter().flatten());
+        let (file, to) = (plan.target(), plan.at() + skip);
+        image.check_overlap(file, to, whole.len() as u64)?;
+        let done = st.submit(file, Purpose::GuestWrite, Op::Write { at: to, buf: whole }).await;
+        image.mark_dirty(file);
+        done.map_err(|source| Error::io("writing new clusters", source))?;
+        image.commit_write(st, plan).await
+    }
+
+    /// The bytes a new cluster must hold beside the guest's; `None` when the file has them there
+    /// already: none are asked for, or they are zeros and the file is `fresh`.
+    async fn old_bytes(
         &self,
         st: &dyn Storage,
         at: GuestOffset,
         len: u64,
-        unmap: bool,
-    ) -> Result<()> {
-        self.run(st, Purpose::GuestZero, Op::Zero { at: self.top.host(at), len, unmap }).await
-    }
-
-    /// Tells that the guest needs a range no more; it reads as old bytes or as zeros afterwards.
-    ///
-    /// # Errors
-    /// As [`Image::write`].
-    pub async fn discard(&self, st: &dyn Storage, at: GuestOffset, len: u64) -> Result<()> {
-        self.run(st, Purpose::GuestDiscard, Op::Discard { at: self.top.host(at), len }).await
+        fresh: bool,
+    ) -> Result<Option<Buf>> {
+        if len == 0 || (fresh && self.is_zero(st, at, len).await?) {
+            return Ok(None);
+        }
+        let buf = Buf::zeroed(usize::try_from(len).expect("less than a run of clusters"));
+        self.read_chain(st, Purpose::CowRead, at, buf.clone()).await?;
+        Ok(Some(buf))
     }
 
     /// Makes everything that was completed before durable.
@@ -77,7 +211,13 @@ impl Image {
     /// # Errors
     /// When the host cannot; nothing is acknowledged after that.
     pub async fn flush(&self, st: &dyn Storage) -> Result<()> {
-        self.run(st, Purpose::SyncData, Op::Sync).await
+        if self.read_only {
+            return Ok(());
+        }
+        match self.chain.top() {
+            Layer::Raw(raw) => raw.flush(st).await,
+            Layer::Qcow2(image) => image.flush(st).await,
+        }
     }
 
     /// Flushes and gives back what was only reserved. The image must not be used afterwards.
@@ -85,14 +225,16 @@ impl Image {
     /// # Errors
     /// As [`Image::flush`].
     pub async fn close(&self, st: &dyn Storage) -> Result<()> {
-        if self.read_only {
-            return Ok(());
+        match self.chain.top() {
+            _ if self.read_only => Ok(()),
+            Layer::Raw(raw) => raw.flush(st).await,
+            Layer::Qcow2(image) => image.close(st).await,
         }
-        self.flush(st).await
     }
+}
 
-    async fn run(&self, st: &dyn Storage, why: Purpose, op: Op) -> Result<()> {
-        let done = st.submit(self.top.file(), why, op).await;
-        done.map_err(|source| Error::io(format!("{why:?}"), source))
-    }
+/// The `len` bytes of `buf` from `done` on; without a copy of the segment list when that is all.
+fn part(buf: &Buf, done: usize, len: u64) -> Buf {
+    let len = usize::try_from(len).expect("no longer than the buffer");
+    if len == buf.len() { buf.clone() } else { buf.slice(done, len) }
 }

@@ -1,0 +1,111 @@
+//! Discard and write-zeroes of any range: whole clusters by their entries, the edges as the kind
+//! of request allows.
+
+use crate::bytes::GuestOffset;
+use crate::error::{Error, Result};
+use crate::image::Image;
+use crate::image::chain::Layer;
+use crate::qcow2::{Erase, Qcow2};
+use crate::storage::{Buf, Op, Purpose, Storage};
+
+/// Zeros are written in pieces of at most this many bytes.
+const ZEROS: u64 = 1 << 20;
+
+impl Image {
+    /// Makes a range read as zeros; with `unmap` the host's space may be given back.
+    ///
+    /// # Errors
+    /// As [`Image::write`].
+    pub async fn write_zeroes(
+        &self,
+        st: &dyn Storage,
+        at: GuestOffset,
+        len: u64,
+        unmap: bool,
+    ) -> Result<()> {
+        self.check_write(at, len)?;
+        let image = match self.chain.top() {
+            Layer::Raw(raw) => return raw.zero(st, at, len, unmap).await,
+            Layer::Qcow2(image) => image,
+        };
+        if !image.can_zero(unmap) {
+            return self.write_zero_bytes(st, at, len).await;
+        }
+        let (start, end) = self.whole_clusters(image, at, len);
+        if start.0 >= end {
+            return self.write_zero_bytes(st, at, len).await;
+        }
+        self.write_zero_bytes(st, at, start - at).await?;
+        self.erase(st, image, start, end, Erase::Zero { unmap }).await?;
+        self.write_zero_bytes(st, GuestOffset(end), (at.0 + len).saturating_sub(end)).await
+    }
+
+    /// Tells that the guest needs a range no more; it reads as old bytes or as zeros afterwards.
+    ///
+    /// # Errors
+    /// As [`Image::write`].
+    pub async fn discard(&self, st: &dyn Storage, at: GuestOffset, len: u64) -> Result<()> {
+        self.check_write(at, len)?;
+        match self.chain.top() {
+            Layer::Raw(raw) => raw.discard(st, at, len).await,
+            Layer::Qcow2(image) => {
+                let (start, end) = self.whole_clusters(image, at, len);
+                self.erase(st, image, start, end, Erase::Discard).await
+            }
+        }
+    }
+
+    async fn erase(
+        &self,
+        st: &dyn Storage,
+        image: &Qcow2,
+        mut at: GuestOffset,
+        end: u64,
+        how: Erase,
+    ) -> Result<()> {
+        while at.0 < end {
+            let handled = image.erase(st, at, end - at.0, how).await?;
+            at = at + handled;
+        }
+        Ok(())
+    }
+
+    /// The part of a range that is whole clusters; the disk's last cluster is whole when the range
+    /// reaches the disk's end. Empty when the first is not below the second.
+    fn whole_clusters(&self, image: &Qcow2, at: GuestOffset, len: u64) -> (GuestOffset, u64) {
+        let cluster = image.cluster_size();
+        let start = crate::bytes::round_up(at.0, cluster);
+        let end = at.0 + len;
+        let whole_end =
+            if end >= image.size() { image.size() } else { crate::bytes::round_down(end, cluster) };
+        (GuestOffset(start), whole_end)
+    }
+
+    /// Writes zeros as bytes, where the range is not known to be zeros already.
+    async fn write_zero_bytes(&self, st: &dyn Storage, at: GuestOffset, len: u64) -> Result<()> {
+        let mut done = 0;
+        while done < len {
+            let piece = (len - done).min(ZEROS);
+            if !self.is_zero(st, at + done, piece).await? {
+                let zeros = Buf::zeroed(usize::try_from(piece).expect("a small piece"));
+                self.write(st, at + done, zeros).await?;
+            }
+            done += piece;
+        }
+        Ok(())
+    }
+}
+
+impl crate::raw::Raw {
+    async fn zero(&self, st: &dyn Storage, at: GuestOffset, len: u64, unmap: bool) -> Result<()> {
+        let op = Op::Zero { at: self.host(at), len, unmap };
+        let done = st.submit(self.file(), Purpose::GuestZero, op).await;
+        done.map_err(|source| Error::io("zeroing the image", source))
+    }
+
+    async fn discard(&self, st: &dyn Storage, at: GuestOffset, len: u64) -> Result<()> {
+        let op = Op::Discard { at: self.host(at), len };
+        let done = st.submit(self.file(), Purpose::GuestDiscard, op).await;
+        done.map_err(|source| Error::io("discarding in the image", source))
+    }
+}

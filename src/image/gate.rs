@@ -1,0 +1,248 @@
+//! What an image may refer to, and opening a chain through that gate.
+//!
+//! A header is written by whoever made the image, perhaps the guest: it must not choose which of
+//! the host's files are read. A format is never guessed, references are plain names below the
+//! image's directory or a directory the operator named, and each refusal says which flag allows it.
+
+use std::path::{Component, Path, PathBuf};
+
+use crate::error::{Error, Kind, Result};
+use crate::image::Image;
+use crate::image::chain::Layer;
+use crate::qcow2::create::CreateOptions;
+use crate::qcow2::header::Header;
+use crate::qcow2::open::{Parts, read_header};
+use crate::qcow2::{CacheSizes, Qcow2};
+use crate::raw::Raw;
+use crate::storage::{FileSource, OpenMode, Opened, Storage};
+
+/// Most layers of a chain.
+const DEPTH_LIMIT: usize = 64;
+
+/// The format of an image file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Format {
+    /// The guest's bytes as they are.
+    Raw,
+    /// qcow2, versions 2 and 3.
+    Qcow2,
+}
+
+/// What the operator said of an image.
+#[derive(Debug, Clone, Default)]
+pub struct OpenOptions {
+    /// The image's format. Without it the file must have qcow2's magic.
+    pub format: Option<Format>,
+    /// Refuse writes, and open every file for reading only.
+    pub read_only: bool,
+    /// Directories that references may lead into, beside the image's own.
+    pub allow_paths: Vec<PathBuf>,
+    /// The format of backing files that have none recorded.
+    pub backing_format: Option<Format>,
+    /// Memory for tables, for each qcow2 layer.
+    pub caches: CacheSizes,
+}
+
+impl Image {
+    /// Opens the image at `path` and every file it refers to.
+    ///
+    /// # Errors
+    /// One sentence that names the file, what was wrong, and what would help. Nothing was written.
+    pub async fn open(
+        st: &dyn Storage,
+        source: &dyn FileSource,
+        path: &Path,
+        options: &OpenOptions,
+    ) -> Result<Self> {
+        let gate = Gate::new(st, source, path, options)?;
+        let layers = gate.open_chain(path).await?;
+        Ok(Self::from_layers(layers, options.read_only))
+    }
+}
+
+/// Makes an empty qcow2 image at `path`, which must not exist.
+///
+/// # Errors
+/// When the file exists or cannot be made, or the layout is out of range.
+pub async fn create(
+    st: &dyn Storage,
+    source: &dyn FileSource,
+    path: &Path,
+    options: &CreateOptions,
+) -> Result<()> {
+    let file = source.create(path)?;
+    let made = crate::qcow2::create::create(st, file, options).await;
+    made.map_err(|error| error.within(path.display()))
+}
+
+struct Gate<'a> {
+    st: &'a dyn Storage,
+    source: &'a dyn FileSource,
+    options: &'a OpenOptions,
+    /// Directories that references may lead into, links resolved.
+    roots: Vec<PathBuf>,
+}
+
+/// A file to open as the next layer.
+struct Next {
+    path: PathBuf,
+    format: Option<Format>,
+}
+
+impl<'a> Gate<'a> {
+    fn new(
+        st: &'a dyn Storage,
+        source: &'a dyn FileSource,
+        path: &Path,
+        options: &'a OpenOptions,
+    ) -> Result<Self> {
+        let mut roots = vec![source.canonical(&directory(path))?];
+        for path in &options.allow_paths {
+            roots.push(source.canonical(path)?);
+        }
+        Ok(Self { st, source, options, roots })
+    }
+
+    async fn open_chain(&self, path: &Path) -> Result<Vec<Layer>> {
+        let mut next = Some(Next { path: path.to_owned(), format: self.options.format });
+        let mut layers = Vec::new();
+        let mut seen = Vec::new();
+        while let Some(here) = next.take() {
+            let name = here.path.display().to_string();
+            if layers.len() >= DEPTH_LIMIT {
+                let why = format!(
+                    "the backing chain is deeper than {DEPTH_LIMIT} layers; \
+                     flatten it with qemu-img rebase or convert"
+                );
+                return Err(Error::refused(name, why));
+            }
+            let backing = !layers.is_empty();
+            let read_only = backing || self.options.read_only;
+            let file = self.source.open(&here.path, OpenMode { read_only, backing })?;
+            self.refuse_cycle(&name, file, &mut seen)?;
+            let layer;
+            (layer, next) = match here.format {
+                Some(Format::Raw) => (Layer::Raw(Raw::new(file.id, file.length)), None),
+                Some(Format::Qcow2) | None => {
+                    self.open_qcow2(&here.path, file, read_only, &mut seen).await?
+                }
+            };
+            layers.push(layer);
+        }
+        Ok(layers)
+    }
+
+    fn refuse_cycle(&self, name: &str, file: Opened, seen: &mut Vec<(u64, u64)>) -> Result<()> {
+        if seen.contains(&file.identity) {
+            let why = "the file is part of its own backing chain; rebase the image that refers to \
+                       it with qemu-img rebase -u";
+            return Err(Error::refused(name, why));
+        }
+        seen.push(file.identity);
+        Ok(())
+    }
+
+    async fn open_qcow2(
+        &self,
+        path: &Path,
+        file: Opened,
+        read_only: bool,
+        seen: &mut Vec<(u64, u64)>,
+    ) -> Result<(Layer, Option<Next>)> {
+        let name = path.display().to_string();
+        let header = read_header(self.st, &name, file).await?;
+        let next = self.backing(path, &header)?;
+        let data = self.open_data_file(path, &header, read_only, seen)?;
+        let parts = Parts {
+            data: data.map(|file| file.id),
+            backed: next.is_some(),
+            read_only,
+            caches: self.options.caches,
+        };
+        let image = Qcow2::open(self.st, &name, file, header, parts).await?;
+        Ok((Layer::Qcow2(Box::new(image)), next))
+    }
+
+    fn backing(&self, path: &Path, header: &Header) -> Result<Option<Next>> {
+        let Some(reference) = &header.backing else { return Ok(None) };
+        let format = match header.backing_format.as_deref() {
+            Some("raw") => Format::Raw,
+            Some("qcow2") => Format::Qcow2,
+            Some(other) => {
+                let why = format!(
+                    "its backing file {reference} has the format {other}, which is \
+                                   not supported; only raw and qcow2 are"
+                );
+                return Err(Error::unsupported(path.display().to_string(), why));
+            }
+            None => self.options.backing_format.ok_or_else(|| {
+                let why = format!(
+                    "the format of its backing file {reference} is not recorded; \
+                                   pass --backing-format raw or qcow2"
+                );
+                Error::refused(path.display().to_string(), why)
+            })?,
+        };
+        let path = self.admit(path, "backing file", reference)?;
+        Ok(Some(Next { path, format: Some(format) }))
+    }
+
+    fn open_data_file(
+        &self,
+        path: &Path,
+        header: &Header,
+        read_only: bool,
+        seen: &mut Vec<(u64, u64)>,
+    ) -> Result<Option<Opened>> {
+        if !header.geometry.rules.data_file {
+            return Ok(None);
+        }
+        let Some(reference) = &header.data_file else {
+            let why = "it has an external data file whose name is not recorded; record it with \
+                       qemu-img amend -o data_file=NAME";
+            return Err(Error::refused(path.display().to_string(), why));
+        };
+        let target = self.admit(path, "data file", reference)?;
+        let file = self.source.open(&target, OpenMode { read_only, backing: false })?;
+        self.refuse_cycle(&target.display().to_string(), file, seen)?;
+        Ok(Some(file))
+    }
+
+    /// Turns a reference into a path that may be opened.
+    fn admit(&self, from: &Path, what: &str, reference: &str) -> Result<PathBuf> {
+        let refuse = |why: String| Err(Error::refused(from.display().to_string(), why));
+        let protocol = reference.split_once(':').is_some_and(|(before, _)| !before.contains('/'));
+        if protocol {
+            return refuse(format!(
+                "its {what} is given as {reference:?}; only plain file names are opened, \
+                 so record one with qemu-img rebase -u"
+            ));
+        }
+        let path = directory(from).join(reference);
+        let target = match self.source.canonical(&path) {
+            Ok(target) => target,
+            Err(error) => {
+                let Kind::Io(source) = error.kind() else { return Err(error) };
+                return refuse(format!("its {what} {} cannot be opened: {source}", path.display()));
+            }
+        };
+        if self.roots.iter().any(|root| target.starts_with(root)) {
+            return Ok(target);
+        }
+        let parent = target.parent().unwrap_or(&target).display();
+        refuse(format!(
+            "its {what} {} lies outside the image's directory; to allow it pass \
+             --allow-path {parent}",
+            target.display()
+        ))
+    }
+}
+
+/// The directory that a file's references are relative to.
+fn directory(path: &Path) -> PathBuf {
+    match path.parent() {
+        Some(parent) if parent.components().next().is_some() => parent.to_owned(),
+        _ if path.components().next() == Some(Component::RootDir) => PathBuf::from("/"),
+        _ => PathBuf::from("."),
+    }
+}

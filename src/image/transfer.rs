@@ -1,0 +1,107 @@
+//! Moving bytes up the chain: one place after the other, all transfers under way at once.
+
+use smallvec::SmallVec;
+
+use crate::bytes::{GuestOffset, HostOffset};
+use crate::error::{Error, Result};
+use crate::image::Image;
+use crate::image::chain::Place;
+use crate::qcow2::Extent;
+use crate::storage::{Buf, Op, Pending, Purpose, Storage};
+
+/// Transfers under way. All of them are awaited before the request ends, also when one fails: the
+/// guest may use its memory again as soon as it has the answer.
+#[derive(Default)]
+pub(super) struct Batch(SmallVec<[Pending; 4]>);
+
+impl Batch {
+    pub(super) fn add(&mut self, pending: Pending) {
+        self.0.push(pending);
+    }
+
+    pub(super) async fn finish(self) -> Result<()> {
+        let mut result = Ok(());
+        for pending in self.0 {
+            result = result.and(pending.await);
+        }
+        result.map_err(|source| Error::io("the image's file", source))
+    }
+}
+
+impl Image {
+    /// Fills `buf` from whichever layers hold the bytes.
+    pub(super) async fn read_chain(
+        &self,
+        st: &dyn Storage,
+        why: Purpose,
+        at: GuestOffset,
+        buf: Buf,
+    ) -> Result<()> {
+        let mut batch = Batch::default();
+        let result = self.read_parts(st, why, at, &buf, &mut batch).await;
+        let read = batch.finish().await;
+        result.and(read)
+    }
+
+    async fn read_parts(
+        &self,
+        st: &dyn Storage,
+        why: Purpose,
+        at: GuestOffset,
+        buf: &Buf,
+        batch: &mut Batch,
+    ) -> Result<()> {
+        let mut done = 0;
+        while done < buf.len() {
+            let left = (buf.len() - done) as u64;
+            let place = self.chain.resolve(st, at + done as u64, left).await?;
+            let len = usize::try_from(place.len()).expect("no longer than the buffer");
+            match place {
+                Place::Plain(Extent::Data { file, at, len }) => {
+                    let buf = super::part(buf, done, len);
+                    batch.add(st.submit(file, why, Op::Read { at, buf }));
+                }
+                Place::Plain(_) => buf.fill_zero(done, len),
+                Place::Compressed { .. } => {
+                    let bytes = inflate(st, &place).await?;
+                    buf.copy_from(done, &bytes);
+                }
+            }
+            done += len;
+        }
+        Ok(())
+    }
+
+    /// Whether a range is known to be zeros without reading any of it.
+    pub(super) async fn is_zero(
+        &self,
+        st: &dyn Storage,
+        at: GuestOffset,
+        len: u64,
+    ) -> Result<bool> {
+        let mut done = 0;
+        while done < len {
+            match self.chain.resolve(st, at + done, len - done).await? {
+                Place::Plain(Extent::Zero { len }) => done += len,
+                _ => return Ok(false),
+            }
+        }
+        Ok(true)
+    }
+}
+
+/// The bytes asked for of a compressed cluster.
+async fn inflate(st: &dyn Storage, place: &Place) -> Result<Vec<u8>> {
+    let Place::Compressed { file, kind, cluster_size, extent } = *place else {
+        unreachable!("the caller has matched it");
+    };
+    let size = |bytes: u64| usize::try_from(bytes).expect("at most two clusters");
+    let source = Buf::zeroed(size(extent.place.bytes));
+    let at: HostOffset = extent.place.at;
+    let op = Op::Read { at, buf: source.clone() };
+    let done = st.submit(file, Purpose::CompressedRead, op).await;
+    done.map_err(|source| Error::io("reading a compressed cluster", source))?;
+    let source = source.to_vec();
+    let cluster = crate::qcow2::inflate(kind, extent.place, &source, size(cluster_size))?;
+    Ok(cluster[size(extent.skip)..size(extent.skip + extent.len)].to_vec())
+}

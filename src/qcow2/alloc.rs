@@ -1,0 +1,317 @@
+//! Where new clusters come from.
+//!
+//! Clusters are counted in batches and handed out one request at a time, so that most allocations
+//! take one short lock and neighbours in time are neighbours in the file. What is counted but not
+//! yet linked can only leak, and a clean close gives it back. Batches come from clusters freed
+//! since the image was opened, else from holes found by looking at a few refcount slices, else from
+//! the end of the file.
+
+use std::collections::BTreeMap;
+
+use crate::bytes::{HostOffset, round_up};
+use crate::error::{Error, Result};
+use crate::qcow2::Qcow2;
+use crate::qcow2::geometry::HostCluster;
+use crate::qcow2::header::REFTABLE_LIMIT;
+use crate::qcow2::refcount::{Run, push_cluster};
+use crate::storage::{Op, Purpose, Storage};
+use crate::sync::{AtomicU64, Mutex, Ordering, lock};
+
+/// Bytes counted at once.
+const BATCH_BYTES: u64 = 1 << 20;
+/// Slices of refcounts looked at for holes before the file grows.
+const SCAN_SLICES: usize = 4;
+
+/// Clusters that were handed out.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Allocation {
+    pub(super) run: Run,
+    /// Whether the file reads as zeros there.
+    pub(super) fresh: bool,
+}
+
+#[derive(Debug)]
+struct Pool {
+    reserved: Option<Allocation>,
+    /// Free clusters known, by first cluster.
+    free: BTreeMap<u64, u64>,
+    /// Where the search for holes goes on, and where it ends: what lies behind was counted by us.
+    scan: u64,
+    scan_end: u64,
+}
+
+/// The state of allocation of one image.
+#[derive(Debug)]
+pub(super) struct Allocator {
+    pool: Mutex<Pool>,
+    /// The first cluster behind everything in use.
+    frontier: AtomicU64,
+    /// Clusters from here on were never written: they read as zeros. `None` on a block device.
+    fresh_from: Option<u64>,
+}
+
+impl Allocator {
+    /// For a file of `length` bytes; `grows` says that bytes behind its end read as zeros.
+    pub(super) fn new(length: u64, cluster_bits: u32, grows: bool) -> Self {
+        let frontier = round_up(length, 1 << cluster_bits) >> cluster_bits;
+        let pool = Pool { reserved: None, free: BTreeMap::new(), scan: 0, scan_end: frontier };
+        Self {
+            pool: Mutex::new(pool),
+            frontier: AtomicU64::new(frontier),
+            fresh_from: grows.then_some(frontier),
+        }
+    }
+
+    /// The first cluster behind everything in use.
+    pub(super) fn frontier(&self) -> u64 {
+        self.frontier.load(Ordering::Acquire)
+    }
+
+    fn take_reserved(&self, want: u64) -> Option<Allocation> {
+        let mut pool = lock(&self.pool);
+        let Allocation { run, fresh } = pool.reserved?;
+        let count = run.count.min(want);
+        let rest = Run::new(run.first.0 + count, run.count - count);
+        pool.reserved = (rest.count > 0).then_some(Allocation { run: rest, fresh });
+        Some(Allocation { run: Run { count, ..run }, fresh })
+    }
+
+    fn set_reserved(&self, allocation: Allocation) {
+        lock(&self.pool).reserved = Some(allocation);
+    }
+
+    /// Takes back everything that was counted but not handed out.
+    pub(super) fn drain_reserved(&self) -> Option<Run> {
+        lock(&self.pool).reserved.take().map(|allocation| allocation.run)
+    }
+
+    fn take_free(&self, want: u64) -> Option<Run> {
+        let mut pool = lock(&self.pool);
+        let (&first, &count) = pool.free.iter().next()?;
+        pool.free.remove(&first);
+        let taken = count.min(want);
+        if taken < count {
+            pool.free.insert(first + taken, count - taken);
+        }
+        Some(Run::new(first, taken))
+    }
+
+    /// Adds clusters whose refcount has become zero; the caller keeps others from looking for
+    /// clusters meanwhile. Those that the search for holes, or the end of the file, will come to
+    /// anyway are left to it: nothing may be found twice.
+    fn put_free(&self, run: Run) {
+        let mut pool = lock(&self.pool);
+        let will_be_found = pool.scan..pool.scan_end;
+        let (mut first, mut count) = (run.first.0, run.count);
+        while count > 0 && will_be_found.contains(&(first + count - 1)) {
+            count -= 1;
+        }
+        while count > 0 && will_be_found.contains(&first) {
+            (first, count) = (first + 1, count - 1);
+        }
+        if count == 0 || first + count > self.frontier() {
+            return;
+        }
+        if let Some((&before, &length)) = pool.free.range(..first).next_back()
+            && before + length == first
+        {
+            pool.free.remove(&before);
+            (first, count) = (before, count + length);
+        }
+        if let Some(length) = pool.free.remove(&(first + count)) {
+            count += length;
+        }
+        pool.free.insert(first, count);
+    }
+
+    fn is_fresh(&self, run: Run) -> bool {
+        self.fresh_from.is_some_and(|from| run.first.0 >= from)
+    }
+}
+
+impl Qcow2 {
+    /// Hands out up to `want` neighbouring clusters, at least one, with refcount one.
+    pub(super) async fn allocate(&self, st: &dyn Storage, want: u64) -> Result<Allocation> {
+        loop {
+            if let Some(allocation) = self.allocator.take_reserved(want) {
+                return Ok(allocation);
+            }
+            let _turn = self.refill.claim(0..1).await;
+            if let Some(allocation) = self.allocator.take_reserved(want) {
+                return Ok(allocation);
+            }
+            let batch = want.max(BATCH_BYTES >> self.geometry.cluster_bits).max(1);
+            let allocation = self.count_batch(st, batch).await?;
+            self.allocator.set_reserved(allocation);
+        }
+    }
+
+    /// Finds free clusters and counts them. Only one task does this at a time.
+    async fn count_batch(&self, st: &dyn Storage, want: u64) -> Result<Allocation> {
+        if let Some(run) = self.allocator.take_free(want) {
+            return self.count(st, run, false).await;
+        }
+        let (scan, end) = {
+            let pool = lock(&self.allocator.pool);
+            (pool.scan, pool.scan_end)
+        };
+        if scan < end {
+            let search = self.refcounts.find_free(st, scan, end, want, SCAN_SLICES);
+            let (found, next) = search.await?;
+            lock(&self.allocator.pool).scan = next;
+            if let Some(run) = found {
+                return self.count(st, run, false).await;
+            }
+        }
+        let run = self.advance_frontier(st, want).await?;
+        self.cover(st, run).await?;
+        self.count(st, run, self.allocator.is_fresh(run)).await
+    }
+
+    async fn count(&self, st: &dyn Storage, run: Run, fresh: bool) -> Result<Allocation> {
+        self.cover(st, run).await?;
+        self.refcounts.adjust(st, run, true).await?;
+        Ok(Allocation { run, fresh })
+    }
+
+    /// Takes up to `want` clusters with refcount zero from the end of the file.
+    async fn advance_frontier(&self, st: &dyn Storage, want: u64) -> Result<Run> {
+        loop {
+            let from = self.allocator.frontier();
+            let limit = from.saturating_add(want);
+            let (found, next) = self.refcounts.find_free(st, from, limit, want, usize::MAX).await?;
+            self.allocator.frontier.fetch_max(next, Ordering::AcqRel);
+            if let Some(run) = found {
+                return Ok(run);
+            }
+        }
+    }
+
+    /// Makes sure that every cluster of `run` has a refcount block.
+    async fn cover(&self, st: &dyn Storage, run: Run) -> Result<()> {
+        let first = self.refcounts.block_index(run.first);
+        let last = self.refcounts.block_index(HostCluster(run.end() - 1));
+        for index in first..=last {
+            if self.refcounts.block_at(index)?.is_none() {
+                self.make_block(st, index).await?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Makes the refcount block `index`, at the end of the file, and first the one that counts it
+    /// if that is another one that is missing.
+    async fn make_block(&self, st: &dyn Storage, index: usize) -> Result<()> {
+        if index >= self.refcounts.table_entries() {
+            Box::pin(self.grow_table(st, index)).await?;
+            if self.refcounts.block_at(index)?.is_some() {
+                return Ok(());
+            }
+        }
+        let run = self.advance_frontier(st, 1).await?;
+        let own = self.refcounts.block_index(run.first);
+        if own != index && self.refcounts.block_at(own)?.is_none() {
+            Box::pin(self.make_block(st, own)).await?;
+            if self.refcounts.block_at(index)?.is_some() {
+                return Ok(());
+            }
+        }
+        let at = self.geometry.host_start(run.first);
+        self.zero_metadata(st, Purpose::RefblockInit, at, self.geometry.cluster_size()).await?;
+        self.refcounts.set_block(index, at);
+        if let Err(error) = self.refcounts.adjust(st, run, true).await {
+            self.refcounts.set_block(index, HostOffset(0));
+            self.regions.remove(at, self.geometry.cluster_size());
+            return Err(error);
+        }
+        self.refcounts.settle_block(index);
+        Ok(())
+    }
+
+    /// Gives the refcount table more room, so that block `index` has an entry; the table is
+    /// written at its new place, and the header switched, by the next flush.
+    async fn grow_table(&self, st: &dyn Storage, index: usize) -> Result<()> {
+        let cluster = self.geometry.cluster_size();
+        let per_cluster = cluster / 8;
+        // Room for half as much again, and for the blocks that count the new table itself.
+        let wanted = (index as u64 + 2).max(self.refcounts.table_entries() as u64 * 3 / 2);
+        let clusters = wanted.div_ceil(per_cluster) + 1;
+        if clusters * cluster > REFTABLE_LIMIT {
+            let why = "the file has grown as far as its cluster size allows; \
+                       convert the image to larger clusters";
+            return Err(Error::unsupported("growing the refcount table", why));
+        }
+        let run = self.contiguous_at_frontier(st, clusters).await?;
+        let entries = usize::try_from(clusters * per_cluster).expect("below the limit");
+        self.refcounts.extend_table(entries);
+        self.cover(st, run).await?;
+        self.refcounts.adjust(st, run, true).await?;
+        let at = self.geometry.host_start(run.first);
+        self.regions.add(at, clusters * cluster);
+        if let Some((unused, entries)) = self.refcounts.set_next_table(at) {
+            let first = self.geometry.host_cluster(unused);
+            let count = (entries as u64).div_ceil(per_cluster);
+            self.limbo.never_linked(Run { first, count }, self.epochs.now());
+        }
+        Ok(())
+    }
+
+    /// `count` neighbouring free clusters at the end of the file.
+    async fn contiguous_at_frontier(&self, st: &dyn Storage, count: u64) -> Result<Run> {
+        loop {
+            let run = self.advance_frontier(st, count).await?;
+            if run.count == count {
+                return Ok(run);
+            }
+        }
+    }
+
+    /// Fills new metadata with zeros that take up space on the host, so that filling it in later
+    /// does not run out of space, and guards it.
+    pub(super) async fn zero_metadata(
+        &self,
+        st: &dyn Storage,
+        why: Purpose,
+        at: HostOffset,
+        len: u64,
+    ) -> Result<()> {
+        let done = st.submit(self.file, why, Op::Zero { at, len, unmap: false }).await;
+        self.mark_dirty(self.file);
+        done.map_err(|source| Error::io("making room for metadata", source))?;
+        self.regions.add(at, len);
+        Ok(())
+    }
+
+    /// Lowers the refcounts of clusters whose rest in limbo is over, gives the host's space back
+    /// and makes them available. Does a bounded amount of work.
+    pub(super) async fn reclaim(&self, st: &dyn Storage) -> Result<()> {
+        // Clusters between "refcount zero" and "punched" must not be found by a search.
+        let _turn = self.refill.claim(0..1).await;
+        let runs = self.limbo.take(self.epochs.advance(), 256);
+        let mut freed: Vec<u64> = Vec::new();
+        for run in runs {
+            for zero in self.refcounts.adjust(st, run, false).await? {
+                freed.extend(zero.first.0..zero.end());
+            }
+        }
+        freed.sort_unstable();
+        let mut holes: Vec<Run> = Vec::new();
+        freed.into_iter().for_each(|cluster| push_cluster(&mut holes, cluster));
+        let mut punching = Vec::with_capacity(holes.len());
+        for hole in &holes {
+            let at = self.geometry.host_start(hole.first);
+            let len = hole.count << self.geometry.cluster_bits;
+            self.regions.remove(at, len);
+            punching.push(st.submit(self.file, Purpose::GuestDiscard, Op::Discard { at, len }));
+        }
+        for (hole, punched) in holes.into_iter().zip(punching) {
+            // A hole is a courtesy to the host; the cluster is free without it. But it must be
+            // over before somebody writes there.
+            if let Err(error) = punched.await {
+                tracing::debug!(cluster = hole.first.0, %error, "the host did not take space back");
+            }
+            self.allocator.put_free(hole);
+        }
+        Ok(())
+    }
+}

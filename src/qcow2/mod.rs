@@ -1,0 +1,188 @@
+//! qcow2 images: where the guest's bytes live.
+//!
+//! In reading order: [`format`] and [`geometry`] hold the numbers, [`header`] and `open` turn a file
+//! into a [`Qcow2`], `table` caches tables, `map` looks entries up, `refcount` and `alloc` find room,
+//! `claims` keeps writers of one cluster apart, `write` and `discard` change entries, `flush` makes
+//! changes durable in the order that `ORDERING.md` states, `limbo` and `epoch` decide when a freed
+//! cluster may be used again.
+//!
+//! A method without a [`Storage`](crate::storage::Storage) argument cannot do I/O and cannot wait.
+
+mod alloc;
+mod claims;
+mod compress;
+pub mod create;
+mod discard;
+mod epoch;
+mod flush;
+pub mod format;
+pub mod geometry;
+pub mod header;
+mod limbo;
+mod map;
+pub mod open;
+mod refcount;
+mod regions;
+mod table;
+mod write;
+
+use std::collections::BTreeSet;
+use std::fmt;
+
+pub(crate) use compress::inflate;
+pub(crate) use discard::Erase;
+pub(crate) use epoch::Epochs;
+pub(crate) use map::CompressedExtent;
+pub use map::{Extent, WriteTarget};
+pub use write::WritePlan;
+
+use crate::bytes::HostOffset;
+use crate::error::{Error, Result};
+use crate::qcow2::alloc::Allocator;
+use crate::qcow2::claims::Claims;
+use crate::qcow2::flush::FlushGate;
+use crate::qcow2::geometry::Geometry;
+use crate::qcow2::header::{Compression, Header};
+use crate::qcow2::limbo::Limbo;
+use crate::qcow2::refcount::Refcounts;
+use crate::qcow2::regions::Regions;
+use crate::qcow2::table::TableCache;
+use crate::storage::FileId;
+use crate::sync::{AtomicBool, AtomicU64, Mutex, OnceLock, Ordering};
+
+/// How much memory an image's tables may take.
+#[derive(Debug, Clone, Copy)]
+pub struct CacheSizes {
+    /// Most bytes of L2 tables kept; less is taken when the disk needs less.
+    pub l2_bytes: u64,
+    /// Most bytes of refcount blocks kept.
+    pub refcount_bytes: u64,
+}
+
+impl Default for CacheSizes {
+    /// L2 tables of a 1 TiB disk with 64 KiB clusters.
+    fn default() -> Self {
+        Self { l2_bytes: 128 << 20, refcount_bytes: 4 << 20 }
+    }
+}
+
+/// One open qcow2 image; shared by all workers.
+pub struct Qcow2 {
+    file: FileId,
+    /// The file that holds guest data: the external data file, or the image itself.
+    data: FileId,
+    header: Header,
+    geometry: Geometry,
+    /// Whether a backing file shows through where nothing is allocated.
+    backed: bool,
+    l1: Box<[AtomicU64]>,
+    l1_dirty: Mutex<BTreeSet<usize>>,
+    l2: TableCache,
+    refcounts: Refcounts,
+    allocator: Allocator,
+    /// One task at a time looks for clusters.
+    refill: Claims,
+    /// Guest clusters whose entries are being changed.
+    clusters: Claims,
+    /// L1 entries that are being changed.
+    tables: Claims,
+    regions: Regions,
+    limbo: Limbo,
+    epochs: Epochs,
+    flush: FlushGate,
+    /// Bytes were written since the last sync, to the image and to the data file.
+    image_dirty: AtomicBool,
+    data_dirty: AtomicBool,
+    /// The header's autoclear bits are true of what we write.
+    writing: AtomicBool,
+    starting: Claims,
+    poison: OnceLock<Box<str>>,
+}
+
+impl fmt::Debug for Qcow2 {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Qcow2").field("file", &self.file).field("header", &self.header).finish()
+    }
+}
+
+impl Qcow2 {
+    /// The disk's size in bytes.
+    pub fn size(&self) -> u64 {
+        self.header.size
+    }
+
+    /// What the header said when the image was opened.
+    pub fn header(&self) -> &Header {
+        &self.header
+    }
+
+    /// Bytes in a cluster: the unit in which space is given back.
+    pub fn cluster_size(&self) -> u64 {
+        self.geometry.cluster_size()
+    }
+
+    /// The file that holds tables, and compressed clusters.
+    pub(crate) fn file(&self) -> FileId {
+        self.file
+    }
+
+    /// The file that holds guest data.
+    pub(crate) fn data_file(&self) -> FileId {
+        self.data
+    }
+
+    pub(crate) fn epochs(&self) -> &Epochs {
+        &self.epochs
+    }
+
+    pub(crate) fn compression(&self) -> Compression {
+        self.header.compression
+    }
+
+    /// Whether guest data lies in a file of its own.
+    fn has_data_file(&self) -> bool {
+        self.geometry.rules.data_file
+    }
+
+    /// Says that bytes of a file were written and are not synced.
+    pub(crate) fn mark_dirty(&self, file: FileId) {
+        let flag = if file == self.file { &self.image_dirty } else { &self.data_dirty };
+        if !flag.load(Ordering::Acquire) {
+            flag.store(true, Ordering::Release);
+        }
+    }
+
+    /// Refuses after a metadata write or a sync has failed: what is durable is not known then, and
+    /// nothing may be acknowledged.
+    ///
+    /// # Errors
+    /// The first failure, again.
+    pub(crate) fn check_poison(&self) -> Result<()> {
+        match self.poison.get() {
+            None => Ok(()),
+            Some(why) => {
+                let why = format!("writes are refused since an earlier failure: {why}");
+                Err(Error::refused("qcow2", why))
+            }
+        }
+    }
+
+    /// Remembers the first failure that makes what is durable unknown.
+    fn poison(&self, error: &Error) {
+        if self.poison.set(error.to_string().into()).is_ok() {
+            tracing::error!(%error, "the image takes no more writes; restart after fixing the cause");
+        }
+    }
+
+    /// Refuses guest data where metadata is.
+    pub(crate) fn check_overlap(&self, file: FileId, at: HostOffset, len: u64) -> Result<()> {
+        if file != self.file {
+            return Ok(());
+        }
+        self.regions.check(at, len).map_err(|kind| {
+            let error = Error::corrupt("writing guest data", kind);
+            self.poison(&error);
+            error
+        })
+    }
+}

@@ -1,0 +1,193 @@
+//! From a file to a [`Qcow2`]: read the header, check it, load the L1 and refcount tables.
+
+use std::collections::BTreeSet;
+
+use crate::bytes::{HostOffset, be64, round_up};
+use crate::error::{CorruptKind, Error, Result};
+use crate::qcow2::alloc::Allocator;
+use crate::qcow2::claims::Claims;
+use crate::qcow2::epoch::Epochs;
+use crate::qcow2::flush::FlushGate;
+use crate::qcow2::format::{INCOMPATIBLE_CORRUPT, INCOMPATIBLE_DIRTY, OFFSET_MASK};
+use crate::qcow2::header::{self, Header};
+use crate::qcow2::limbo::Limbo;
+use crate::qcow2::refcount::Refcounts;
+use crate::qcow2::regions::Regions;
+use crate::qcow2::table::TableCache;
+use crate::qcow2::{CacheSizes, Qcow2};
+use crate::storage::{Buf, FileId, Op, Opened, Purpose, Storage};
+use crate::sync::{AtomicBool, AtomicU64, Mutex, OnceLock};
+
+/// What an image is opened with, beside its own file.
+#[derive(Debug, Clone, Copy)]
+pub struct Parts {
+    /// The external data file, when the header asks for one.
+    pub data: Option<FileId>,
+    /// Whether a layer lies below.
+    pub backed: bool,
+    /// Whether writes are refused.
+    pub read_only: bool,
+    /// Memory for tables.
+    pub caches: CacheSizes,
+}
+
+/// Reads and checks the header of the image in `file`, and opens nothing else.
+///
+/// # Errors
+/// What [`header::parse`] says, and I/O errors, with `name` in front.
+pub async fn read_header(st: &dyn Storage, name: &str, file: Opened) -> Result<Header> {
+    const START: u64 = 4096;
+    let start = read(st, file.id, Purpose::HeaderRead, HostOffset(0), START.min(file.length));
+    let start = start.await.map_err(|error| error.within(name))?;
+    let cluster = header::cluster_size(name, &start)?;
+    if cluster <= START {
+        return header::parse(name, &start);
+    }
+    let whole = read(st, file.id, Purpose::HeaderRead, HostOffset(0), cluster.min(file.length));
+    header::parse(name, &whole.await.map_err(|error| error.within(name))?)
+}
+
+async fn read(
+    st: &dyn Storage,
+    file: FileId,
+    why: Purpose,
+    at: HostOffset,
+    len: u64,
+) -> Result<Vec<u8>> {
+    let len = usize::try_from(len).expect("tables are bounded");
+    let buf = Buf::zeroed(len);
+    let done = st.submit(file, why, Op::Read { at, buf: buf.clone() }).await;
+    done.map_err(|source| Error::io(format!("{why:?}"), source))?;
+    Ok(buf.to_vec())
+}
+
+async fn read_table(
+    st: &dyn Storage,
+    file: Opened,
+    why: Purpose,
+    at: HostOffset,
+    entries: u64,
+) -> Result<Vec<u64>> {
+    let bytes = read(st, file.id, why, at, entries * 8).await?;
+    Ok((0..bytes.len() / 8).filter_map(|index| be64(&bytes, index * 8)).collect())
+}
+
+impl Qcow2 {
+    /// Opens the image in `file`, whose header was read by [`read_header`].
+    ///
+    /// # Errors
+    /// When a table lies outside the file or over another; when the image is marked dirty or
+    /// corrupt and shall be written to.
+    pub async fn open(
+        st: &dyn Storage,
+        name: &str,
+        file: Opened,
+        header: Header,
+        parts: Parts,
+    ) -> Result<Self> {
+        if !parts.read_only {
+            refuse_marked(name, &header)?;
+        }
+        let geometry = header.geometry;
+        let end = round_up(file.length, geometry.cluster_size());
+        let regions = table_regions(&header, end).map_err(|kind| Error::corrupt(name, kind))?;
+        let l1 = read_table(st, file, Purpose::L1Load, header.l1_at, header.l1_entries);
+        let l1 = l1.await.map_err(|error| error.within(name))?;
+        let entries = header.reftable_clusters * (geometry.cluster_size() / 8);
+        let table = read_table(st, file, Purpose::ReftableLoad, header.reftable_at, entries);
+        let table = table.await.map_err(|error| error.within(name))?;
+        let l2_need = header.l1_entries.saturating_mul(geometry.cluster_size());
+        let image = Self {
+            file: file.id,
+            data: parts.data.unwrap_or(file.id),
+            geometry,
+            backed: parts.backed,
+            l2: TableCache::new(geometry.slice_size(), parts.caches.l2_bytes.min(l2_need)),
+            l1: l1.into_iter().map(AtomicU64::new).collect(),
+            l1_dirty: Mutex::new(BTreeSet::new()),
+            refcounts: Refcounts::new(
+                file.id,
+                geometry,
+                header.reftable_at,
+                table,
+                parts.caches.refcount_bytes,
+            ),
+            allocator: Allocator::new(file.length, geometry.cluster_bits, st.limits(file.id).grows),
+            refill: Claims::default(),
+            clusters: Claims::default(),
+            tables: Claims::default(),
+            regions,
+            limbo: Limbo::default(),
+            epochs: Epochs::new(),
+            flush: FlushGate::default(),
+            image_dirty: AtomicBool::new(false),
+            data_dirty: AtomicBool::new(false),
+            writing: AtomicBool::new(false),
+            starting: Claims::default(),
+            poison: OnceLock::new(),
+            header,
+        };
+        if !parts.read_only {
+            image.guard_tables(end).map_err(|kind| Error::corrupt(name, kind))?;
+        }
+        Ok(image)
+    }
+
+    /// Guards refcount blocks and L2 tables against guest data, and refuses an image in which one
+    /// of them lies over other metadata. Entries that lie outside the file fail when they are used.
+    fn guard_tables(&self, end: u64) -> Result<(), CorruptKind> {
+        let cluster = self.geometry.cluster_size();
+        let l1 = self.l1.iter().map(|entry| entry.load(crate::sync::Ordering::Relaxed));
+        let l2 = l1.map(|entry| ("L2 table", HostOffset(entry & OFFSET_MASK)));
+        let blocks = self.refcounts.blocks().into_iter().map(|at| ("refcount block", at));
+        for (table, at) in blocks.chain(l2) {
+            if at.0 == 0 || at.within(cluster) != 0 || at.0 >= end {
+                continue;
+            }
+            if self.regions.contains(at, cluster) {
+                return Err(CorruptKind::TableOverlap { table, offset: at.0 });
+            }
+            self.regions.add(at, cluster);
+        }
+        Ok(())
+    }
+}
+
+fn refuse_marked(name: &str, header: &Header) -> Result<()> {
+    let state = if header.incompatible & INCOMPATIBLE_CORRUPT != 0 {
+        "marked corrupt"
+    } else if header.incompatible & INCOMPATIBLE_DIRTY != 0 {
+        "marked dirty: its refcounts were not written before a crash"
+    } else {
+        return Ok(());
+    };
+    let why =
+        format!("the image is {state}; repair it with qemu-img check -r all, or pass --read-only");
+    Err(Error::refused(name, why))
+}
+
+/// The places of the header, the L1 table, the refcount table and the snapshot table.
+fn table_regions(header: &Header, end: u64) -> Result<Regions, CorruptKind> {
+    let cluster = header.geometry.cluster_size();
+    let regions = Regions::new(header.geometry.cluster_bits);
+    regions.add(HostOffset(0), cluster);
+    let tables = [
+        ("L1 table", header.l1_at, header.l1_entries * 8),
+        ("refcount table", header.reftable_at, header.reftable_clusters * cluster),
+        ("snapshot table", header.snapshots_at, u64::from(header.snapshots.min(1)) * cluster),
+    ];
+    for (table, at, len) in tables {
+        if len == 0 {
+            continue;
+        }
+        let offset = at.0;
+        if offset.saturating_add(len) > end {
+            return Err(CorruptKind::TableBeyondEnd { table, offset, file_len: end });
+        }
+        if regions.contains(at, len) {
+            return Err(CorruptKind::TableOverlap { table, offset });
+        }
+        regions.add(at, len);
+    }
+    Ok(regions)
+}

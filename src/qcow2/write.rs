@@ -1,0 +1,321 @@
+//! Writes that change the mapping: prepare, let the caller move the bytes, commit.
+//!
+//! [`Qcow2::prepare_write`] claims the clusters and finds room; the caller writes whole clusters
+//! (the guest's bytes, with what surrounds them); [`Qcow2::commit_write`] puts the entries into the
+//! table, after the bytes are written. A plan that is dropped gives its room back.
+
+use smallvec::SmallVec;
+
+use crate::bytes::{GuestOffset, HostOffset};
+use crate::error::{Error, Result};
+use crate::qcow2::Qcow2;
+use crate::qcow2::claims::Claim;
+use crate::qcow2::format::{AUTOCLEAR_RAW_DATA, COPIED, Cluster, OFFSET_MASK};
+use crate::qcow2::geometry::{GuestCluster, HostCluster};
+use crate::qcow2::header::AUTOCLEAR_AT;
+use crate::qcow2::refcount::Run;
+use crate::storage::{Buf, FileId, Op, Purpose, Storage};
+use crate::sync::{AtomicU64, Ordering, lock};
+
+/// Room for a run of guest clusters, claimed and not yet linked.
+#[must_use = "bytes are reachable only after commit_write"]
+pub struct WritePlan<'a> {
+    image: &'a Qcow2,
+    _claim: Claim<'a>,
+    first: GuestCluster,
+    count: u64,
+    at: HostOffset,
+    fresh: bool,
+    /// Whether the room was counted for this plan, so that dropping it must give it back.
+    allocated: bool,
+    old: SmallVec<[Cluster; 16]>,
+}
+
+impl WritePlan<'_> {
+    /// The first guest byte of the run, at the start of a cluster.
+    pub fn start(&self) -> GuestOffset {
+        self.image.geometry.guest_start(self.first)
+    }
+
+    /// The length of the run in bytes, whole clusters.
+    pub fn len(&self) -> u64 {
+        self.count << self.image.geometry.cluster_bits
+    }
+
+    /// Whether the run is empty, which no plan is.
+    pub fn is_empty(&self) -> bool {
+        self.count == 0
+    }
+
+    /// The file to write to.
+    pub fn target(&self) -> FileId {
+        self.image.data
+    }
+
+    /// Where the run begins in the file.
+    pub fn at(&self) -> HostOffset {
+        self.at
+    }
+
+    /// Whether the file reads as zeros there, so that zeros need not be written.
+    pub fn is_fresh(&self) -> bool {
+        self.fresh
+    }
+}
+
+impl Drop for WritePlan<'_> {
+    fn drop(&mut self) {
+        if self.allocated {
+            let first = self.image.geometry.host_cluster(self.at);
+            let run = Run { first, count: self.count };
+            self.image.limbo.never_linked(run, self.image.epochs.now());
+        }
+    }
+}
+
+impl Qcow2 {
+    /// Finds room for the clusters that `len` bytes from `at` on touch, as many as one run holds,
+    /// and keeps other writers away from them. `None`: another writer was faster, look up again.
+    ///
+    /// # Errors
+    /// When there is no room, a table cannot be read, or the image contradicts itself or was
+    /// poisoned.
+    pub async fn prepare_write(
+        &self,
+        st: &dyn Storage,
+        at: GuestOffset,
+        len: u64,
+    ) -> Result<Option<WritePlan<'_>>> {
+        self.start_writing(st).await?;
+        self.relieve(st).await?;
+        let first = self.geometry.guest_cluster(at);
+        let in_slice = (self.geometry.slice_size() >> 3) - self.geometry.l2_slot(first) as u64;
+        let last = (at.0 + len - 1) >> self.geometry.cluster_bits;
+        let count = (last - first.0 + 1).min(in_slice);
+        let claim = self.clusters.claim(first.0..first.0 + count).await;
+        self.own_table(st, first).await?;
+        let old = self.old_clusters(st, first, count).await?;
+        let Some((count, reuse)) = writable_run(&old, self.geometry.cluster_size()) else {
+            return Ok(None);
+        };
+        if let Some(at) = reuse {
+            return Ok(Some(self.plan(claim, first, count, at, false, false, old)));
+        }
+        if self.has_data_file() {
+            let at = HostOffset(self.geometry.guest_start(first).0);
+            return Ok(Some(self.plan(claim, first, count, at, false, false, old)));
+        }
+        let allocation = self.allocate(st, count).await?;
+        let at = self.geometry.host_start(allocation.run.first);
+        let plan = self.plan(claim, first, allocation.run.count, at, allocation.fresh, true, old);
+        Ok(Some(plan))
+    }
+
+    #[expect(clippy::too_many_arguments, reason = "the fields of the plan, once")]
+    fn plan<'a>(
+        &'a self,
+        claim: Claim<'a>,
+        first: GuestCluster,
+        count: u64,
+        at: HostOffset,
+        fresh: bool,
+        allocated: bool,
+        mut old: SmallVec<[Cluster; 16]>,
+    ) -> WritePlan<'a> {
+        old.truncate(usize::try_from(count).expect("a run fits in a slice"));
+        WritePlan { image: self, _claim: claim, first, count, at, fresh, allocated, old }
+    }
+
+    /// Links the run: its bytes are what the guest reads from now on. What they replaced goes to
+    /// limbo.
+    ///
+    /// # Errors
+    /// When the table cannot be read any more; then nothing was linked.
+    pub async fn commit_write(&self, st: &dyn Storage, mut plan: WritePlan<'_>) -> Result<()> {
+        let (start, bits) = (plan.at.0, self.geometry.cluster_bits);
+        let entry = |step: u64| COPIED | (start + (step << bits));
+        self.set_entries(st, plan.first, plan.count, entry).await?;
+        plan.allocated = false;
+        let old = std::mem::take(&mut plan.old);
+        self.drop_references(&old, Some((plan.at, plan.count)));
+        Ok(())
+    }
+
+    /// Sets the entries of clusters that the caller has claimed, in a table that is ours.
+    pub(super) async fn set_entries(
+        &self,
+        st: &dyn Storage,
+        first: GuestCluster,
+        count: u64,
+        entry: impl Fn(u64) -> u64,
+    ) -> Result<()> {
+        let slot = self.geometry.l2_slot(first);
+        let slice = self.geometry.l2_slice(first);
+        let change = |words: &[AtomicU64]| {
+            for (step, word) in (0..count).zip(&words[slot..]) {
+                word.store(entry(step).to_be(), Ordering::Relaxed);
+            }
+            Some(())
+        };
+        while self.l2.update(slice, change).is_none() {
+            self.load_slice(st, first).await?;
+        }
+        Ok(())
+    }
+
+    /// Sends what entries referred to into limbo, except a run of clusters that is used again.
+    pub(super) fn drop_references(&self, old: &[Cluster], kept: Option<(HostOffset, u64)>) {
+        if self.has_data_file() {
+            return;
+        }
+        let epoch = self.epochs.now();
+        let bits = self.geometry.cluster_bits;
+        let kept = kept.map(|(at, count)| at.0..at.0 + (count << bits));
+        for cluster in old {
+            let (at, last) = match *cluster {
+                Cluster::Data { at, .. } | Cluster::ZeroAllocated { at, .. } => (at.0, at.0),
+                Cluster::Compressed(place) => (place.at.0, place.at.0 + place.bytes - 1),
+                Cluster::Unallocated | Cluster::ZeroPlain => continue,
+            };
+            if kept.as_ref().is_some_and(|kept| kept.contains(&at)) {
+                continue;
+            }
+            let first = HostCluster(at >> bits);
+            let count = (last >> bits) - first.0 + 1;
+            self.limbo.unlinked(Run { first, count }, epoch);
+        }
+    }
+
+    /// The entries of clusters in one slice.
+    pub(super) async fn old_clusters(
+        &self,
+        st: &dyn Storage,
+        first: GuestCluster,
+        count: u64,
+    ) -> Result<SmallVec<[Cluster; 16]>> {
+        let (slot, slice) = (self.geometry.l2_slot(first), self.geometry.l2_slice(first));
+        let parse = |words: &[AtomicU64]| {
+            let steps = (0..count).zip(&words[slot..]);
+            let parse = |(step, word): (u64, &AtomicU64)| {
+                let guest = self.geometry.guest_start(GuestCluster(first.0 + step));
+                self.geometry.rules.parse(u64::from_be(word.load(Ordering::Relaxed)), guest)
+            };
+            steps.map(parse).collect::<Result<SmallVec<[Cluster; 16]>, _>>()
+        };
+        loop {
+            if let Some(clusters) = self.l2.peek(slice, parse) {
+                return clusters.map_err(|kind| Error::corrupt("L2 table", kind));
+            }
+            self.load_slice(st, first).await?;
+        }
+    }
+
+    /// Makes sure that the L2 table that maps `cluster` exists and belongs to the active disk
+    /// alone: makes an empty one, or a copy of one that a snapshot shares.
+    pub(super) async fn own_table(&self, st: &dyn Storage, cluster: GuestCluster) -> Result<()> {
+        let is_own = |entry: u64| entry & COPIED != 0 && entry & OFFSET_MASK != 0;
+        if is_own(self.l1_entry(cluster)?.0) {
+            return Ok(());
+        }
+        let index = self.geometry.l1_index(cluster);
+        let _claim = self.tables.claim(index as u64..index as u64 + 1).await;
+        let (entry, old) = self.l1_entry(cluster)?;
+        if is_own(entry) {
+            return Ok(());
+        }
+        let run = self.allocate(st, 1).await?.run;
+        let at = self.geometry.host_start(run.first);
+        if let Err(error) = self.fill_table(st, at, old).await {
+            self.regions.remove(at, self.geometry.cluster_size());
+            self.limbo.never_linked(run, self.epochs.now());
+            return Err(error);
+        }
+        // The L1 entry is durable only after the table's first content and its refcount are:
+        // the flush that writes it syncs both before.
+        self.l1[index].store(at.0 | COPIED, Ordering::Release);
+        lock(&self.l1_dirty).insert(index);
+        if let Some(old) = old {
+            let run = Run { first: self.geometry.host_cluster(old), count: 1 };
+            self.limbo.unlinked(run, self.epochs.now());
+        }
+        Ok(())
+    }
+
+    async fn fill_table(
+        &self,
+        st: &dyn Storage,
+        at: HostOffset,
+        old: Option<HostOffset>,
+    ) -> Result<()> {
+        let len = self.geometry.cluster_size();
+        self.zero_metadata(st, Purpose::L2Init, at, len).await?;
+        let Some(old) = old else { return Ok(()) };
+        let buf = Buf::zeroed(usize::try_from(len).expect("a cluster is small"));
+        let read = Op::Read { at: old, buf: buf.clone() };
+        let done = st.submit(self.file, Purpose::L2Load, read).await;
+        done.map_err(|source| Error::io("reading a shared L2 table", source))?;
+        let write = Op::Write { at, buf };
+        let done = st.submit(self.file, Purpose::L2Init, write).await;
+        self.mark_dirty(self.file);
+        done.map_err(|source| Error::io("copying a shared L2 table", source))
+    }
+
+    /// Before the first write: clears, durably, the autoclear bits of features that our writes
+    /// would make stale.
+    pub(crate) async fn start_writing(&self, st: &dyn Storage) -> Result<()> {
+        self.check_poison()?;
+        if self.writing.load(Ordering::Acquire) {
+            return Ok(());
+        }
+        let _claim = self.starting.claim(0..1).await;
+        if self.writing.load(Ordering::Acquire) {
+            return Ok(());
+        }
+        let kept = if self.has_data_file() { AUTOCLEAR_RAW_DATA } else { 0 };
+        let autoclear = self.header.autoclear & kept;
+        if self.header.version >= 3 && autoclear != self.header.autoclear {
+            let buf = Buf::copy_of(&autoclear.to_be_bytes());
+            let write = Op::Write { at: AUTOCLEAR_AT, buf };
+            let done = st.submit(self.file, Purpose::HeaderWrite, write).await;
+            done.map_err(|source| Error::io("clearing autoclear bits", source))?;
+            let done = st.submit(self.file, Purpose::SyncHeader, Op::Sync).await;
+            done.map_err(|source| Error::io("clearing autoclear bits", source))?;
+        }
+        self.writing.store(true, Ordering::Release);
+        Ok(())
+    }
+
+    /// Flushes when so much is dirty, or at rest in limbo, that more should wait.
+    pub(super) async fn relieve(&self, st: &dyn Storage) -> Result<()> {
+        let crowded = self.l2.is_crowded()
+            || self.refcounts.cache().is_crowded()
+            || (self.limbo.len() > 4096 && self.limbo.needs_flush());
+        if crowded {
+            self.flush(st).await?;
+        }
+        Ok(())
+    }
+}
+
+/// How many of the first clusters can be written as one run, and the host run to use again if they
+/// are allocated zeros of our own. `None` when the first can be written in place.
+fn writable_run(old: &[Cluster], cluster_size: u64) -> Option<(u64, Option<HostOffset>)> {
+    let in_place = |cluster: &Cluster| matches!(cluster, Cluster::Data { copied: true, .. });
+    let reusable = |cluster: &Cluster| match cluster {
+        Cluster::ZeroAllocated { at, copied: true } => Some(*at),
+        _ => None,
+    };
+    let first = old.first().filter(|cluster| !in_place(cluster))?;
+    let run = match reusable(first) {
+        Some(at) => {
+            let steps = old.iter().zip(0_u64..);
+            let same = |(cluster, step)| reusable(cluster) == Some(at + step * cluster_size);
+            steps.map(same).take_while(|&same| same).count()
+        }
+        None => {
+            let new = |cluster: &&Cluster| !in_place(cluster) && reusable(cluster).is_none();
+            old.iter().take_while(new).count()
+        }
+    };
+    Some((run as u64, reusable(first)))
+}
