@@ -43,7 +43,7 @@ impl Image {
     }
 
     fn from_layers(layers: Vec<Layer>, read_only: bool) -> Self {
-        let size = crate::bytes::round_up(layers[0].size(), 512);
+        let size = layers[0].size();
         Self { chain: Chain(layers), size, read_only }
     }
 

@@ -9,7 +9,7 @@
 use std::collections::BTreeMap;
 
 use crate::bytes::{HostOffset, round_up};
-use crate::error::{Error, Result};
+use crate::error::{CorruptKind, Error, Result};
 use crate::qcow2::Qcow2;
 use crate::qcow2::geometry::HostCluster;
 use crate::qcow2::header::REFTABLE_LIMIT;
@@ -21,6 +21,8 @@ use crate::sync::{AtomicU64, Mutex, Ordering, lock};
 const BATCH_BYTES: u64 = 1 << 20;
 /// Slices of refcounts looked at for holes before the file grows.
 const SCAN_SLICES: usize = 4;
+/// Runs taken out of limbo at once.
+const RECLAIM_RUNS: usize = 4096;
 
 /// Clusters that were handed out.
 #[derive(Debug, Clone, Copy)]
@@ -164,11 +166,18 @@ impl Qcow2 {
             }
         }
         let run = self.advance_frontier(st, want).await?;
-        self.cover(st, run).await?;
         self.count(st, run, self.allocator.is_fresh(run)).await
     }
 
     async fn count(&self, st: &dyn Storage, run: Run, fresh: bool) -> Result<Allocation> {
+        let (at, len) =
+            (self.geometry.host_start(run.first), run.count << self.geometry.cluster_bits);
+        if self.regions.contains(at, len) {
+            // A table whose refcount is zero: using its cluster would destroy it.
+            let error = Error::corrupt("allocating", CorruptKind::RefcountUnderflow(at.0));
+            self.poison(&error);
+            return Err(error);
+        }
         self.cover(st, run).await?;
         self.refcounts.adjust(st, run, true).await?;
         Ok(Allocation { run, fresh })
@@ -287,7 +296,7 @@ impl Qcow2 {
     pub(super) async fn reclaim(&self, st: &dyn Storage) -> Result<()> {
         // Clusters between "refcount zero" and "punched" must not be found by a search.
         let _turn = self.refill.claim(0..1).await;
-        let runs = self.limbo.take(self.epochs.advance(), 256);
+        let runs = self.limbo.take(self.epochs.advance(), RECLAIM_RUNS);
         let mut freed: Vec<u64> = Vec::new();
         for run in runs {
             for zero in self.refcounts.adjust(st, run, false).await? {

@@ -1,6 +1,6 @@
 //! qcow2 images: where the guest's bytes live.
 //!
-//! In reading order: [`format`] and [`geometry`] hold the numbers, [`header`] and `open` turn a file
+//! In reading order: [`mod@format`] and [`geometry`] hold the numbers, [`header`] and `open` turn a file
 //! into a [`Qcow2`], `table` caches tables, `map` looks entries up, `refcount` and `alloc` find room,
 //! `claims` keeps writers of one cluster apart, `write` and `discard` change entries, `flush` makes
 //! changes durable in the order that `ORDERING.md` states, `limbo` and `epoch` decide when a freed
@@ -36,7 +36,7 @@ pub(crate) use map::CompressedExtent;
 pub use map::{Extent, WriteTarget};
 pub use write::WritePlan;
 
-use crate::bytes::HostOffset;
+use crate::bytes::{HostOffset, round_up};
 use crate::error::{Error, Result};
 use crate::qcow2::alloc::Allocator;
 use crate::qcow2::claims::Claims;
@@ -106,9 +106,10 @@ impl fmt::Debug for Qcow2 {
 }
 
 impl Qcow2 {
-    /// The disk's size in bytes.
+    /// The disk's size in bytes, rounded up to a sector of 512 bytes: the last cluster has room
+    /// for the rest of the sector.
     pub fn size(&self) -> u64 {
-        self.header.size
+        round_up(self.header.size, 512)
     }
 
     /// What the header said when the image was opened.

@@ -11,7 +11,7 @@ use crate::error::{Error, Result};
 use crate::qcow2::Qcow2;
 use crate::qcow2::claims::Claim;
 use crate::qcow2::format::{AUTOCLEAR_RAW_DATA, COPIED, Cluster, OFFSET_MASK};
-use crate::qcow2::geometry::{GuestCluster, HostCluster};
+use crate::qcow2::geometry::GuestCluster;
 use crate::qcow2::header::AUTOCLEAR_AT;
 use crate::qcow2::refcount::Run;
 use crate::storage::{Buf, FileId, Op, Purpose, Storage};
@@ -171,6 +171,7 @@ impl Qcow2 {
         let epoch = self.epochs.now();
         let bits = self.geometry.cluster_bits;
         let kept = kept.map(|(at, count)| at.0..at.0 + (count << bits));
+        let mut gone: Option<Run> = None;
         for cluster in old {
             let (at, last) = match *cluster {
                 Cluster::Data { at, .. } | Cluster::ZeroAllocated { at, .. } => (at.0, at.0),
@@ -180,10 +181,16 @@ impl Qcow2 {
             if kept.as_ref().is_some_and(|kept| kept.contains(&at)) {
                 continue;
             }
-            let first = HostCluster(at >> bits);
-            let count = (last >> bits) - first.0 + 1;
-            self.limbo.unlinked(Run { first, count }, epoch);
+            let first = at >> bits;
+            let run = Run::new(first, (last >> bits) - first + 1);
+            match &mut gone {
+                Some(before) if before.end() == first => before.count += run.count,
+                _ => {
+                    gone.replace(run).into_iter().for_each(|run| self.limbo.unlinked(run, epoch));
+                }
+            }
         }
+        gone.into_iter().for_each(|run| self.limbo.unlinked(run, epoch));
     }
 
     /// The entries of clusters in one slice.
