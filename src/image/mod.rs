@@ -238,3 +238,15 @@ fn part(buf: &Buf, done: usize, len: u64) -> Buf {
     let len = usize::try_from(len).expect("no longer than the buffer");
     if len == buf.len() { buf.clone() } else { buf.slice(done, len) }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn shared<T: Send + Sync>() {}
+
+    #[test]
+    fn one_image_serves_all_workers() {
+        shared::<Image>();
+    }
+}

@@ -6,7 +6,7 @@
 //! the epoch is `e + 2`.
 
 use crate::storage::Lane;
-use crate::sync::{AtomicU64, CacheLine, Ordering};
+use crate::sync::{AtomicU64, CacheLine, Ordering, fence};
 
 /// Lanes that do not share a counter; more workers than that share.
 const LANES: usize = 64;
@@ -45,8 +45,11 @@ impl Epochs {
         }
     }
 
-    /// The epoch that what is unlinked now belongs to.
+    /// The epoch that what was unlinked just before belongs to.
     pub(crate) fn now(&self) -> u64 {
+        // Whoever enters a later epoch must see the entry changed, so the change may not be
+        // delayed beyond the look at the epoch.
+        fence(Ordering::SeqCst);
         self.now.0.load(Ordering::SeqCst)
     }
 
