@@ -23,6 +23,7 @@ mod map;
 pub mod open;
 mod refcount;
 mod regions;
+pub mod snapshot;
 mod table;
 mod write;
 

@@ -13,6 +13,7 @@ use crate::qcow2::header::{self, Header};
 use crate::qcow2::limbo::Limbo;
 use crate::qcow2::refcount::Refcounts;
 use crate::qcow2::regions::Regions;
+use crate::qcow2::snapshot::{self, Parsed, Snapshot};
 use crate::qcow2::table::TableCache;
 use crate::qcow2::{CacheSizes, Qcow2};
 use crate::storage::{Buf, FileId, Op, Opened, Purpose, Storage};
@@ -128,9 +129,53 @@ impl Qcow2 {
             header,
         };
         if !parts.read_only {
+            image.guard_snapshots(st, end).await.map_err(|error| error.within(name))?;
             image.guard_tables(end).map_err(|kind| Error::corrupt(name, kind))?;
         }
         Ok(image)
+    }
+
+    /// The internal snapshots, and how many bytes their table takes.
+    ///
+    /// # Errors
+    /// When the table cannot be read or is malformed.
+    pub async fn snapshots(&self, st: &dyn Storage) -> Result<(Vec<Snapshot>, u64)> {
+        let (at, count) = (self.header.snapshots_at, self.header.snapshots);
+        let mut len = self.geometry.cluster_size();
+        loop {
+            let bytes = read(st, self.file, Purpose::SnapshotRead, at, len).await?;
+            let parsed = snapshot::parse(&bytes, count);
+            match parsed.map_err(|kind| Error::corrupt("snapshot table", kind))? {
+                Parsed::All(snapshots, len) => return Ok((snapshots, len)),
+                Parsed::NeedMore if len < snapshot::TABLE_LIMIT => len *= 2,
+                Parsed::NeedMore => {
+                    return Err(Error::corrupt("snapshot table", CorruptKind::Snapshot(count)));
+                }
+            }
+        }
+    }
+
+    /// Guards the snapshot table and the snapshots' L1 tables against guest data.
+    async fn guard_snapshots(&self, st: &dyn Storage, end: u64) -> Result<()> {
+        if self.header.snapshots == 0 {
+            return Ok(());
+        }
+        let (snapshots, len) = self.snapshots(st).await?;
+        let tables = snapshots.iter().map(|one| ("snapshot's L1 table", one.l1_at, one.l1_entries));
+        let whole = ("snapshot table", self.header.snapshots_at, len / 8);
+        for (table, at, entries) in tables.chain([whole]).filter(|(_, _, entries)| *entries > 0) {
+            let (offset, len) = (at.0, entries * 8);
+            let kind = if offset.saturating_add(len) > end {
+                CorruptKind::TableBeyondEnd { table, offset, file_len: end }
+            } else if self.regions.contains(at, len) {
+                CorruptKind::TableOverlap { table, offset }
+            } else {
+                self.regions.add(at, len);
+                continue;
+            };
+            return Err(Error::corrupt("internal snapshots", kind));
+        }
+        Ok(())
     }
 
     /// Guards refcount blocks and L2 tables against guest data, and refuses an image in which one
@@ -166,7 +211,7 @@ fn refuse_marked(name: &str, header: &Header) -> Result<()> {
     Err(Error::refused(name, why))
 }
 
-/// The places of the header, the L1 table, the refcount table and the snapshot table.
+/// The places of the header, the L1 table and the refcount table.
 fn table_regions(header: &Header, end: u64) -> Result<Regions, CorruptKind> {
     let cluster = header.geometry.cluster_size();
     let regions = Regions::new(header.geometry.cluster_bits);
@@ -174,7 +219,6 @@ fn table_regions(header: &Header, end: u64) -> Result<Regions, CorruptKind> {
     let tables = [
         ("L1 table", header.l1_at, header.l1_entries * 8),
         ("refcount table", header.reftable_at, header.reftable_clusters * cluster),
-        ("snapshot table", header.snapshots_at, u64::from(header.snapshots.min(1)) * cluster),
     ];
     for (table, at, len) in tables {
         if len == 0 {
