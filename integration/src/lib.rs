@@ -1,1 +1,14 @@
-//! Helpers that the integration tests share.
+//! Helpers of the integration tests.
+//!
+//! A test lays out images with [`images`] in a [`scratch`] directory, serves one with [`daemon`],
+//! and attaches a front-end: the host-side virtio driver of [`client`] or a virtual machine of
+//! [`guest`]. [`model`] knows what every sector may hold; [`workload`] drives random requests
+//! through a client and holds each answer against the model.
+
+pub mod client;
+pub mod daemon;
+pub mod guest;
+pub mod images;
+pub mod model;
+pub mod scratch;
+pub mod workload;

@@ -1,0 +1,161 @@
+//! A Debian guest under QEMU, without hardware virtualisation, whose root filesystem is the disk.
+
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::time::{Duration, Instant};
+
+use crate::scratch::{Scratch, number_from_environment, target_directory};
+
+/// How long the guest may take from one mark on its console to the next.
+const PATIENCE: Duration = Duration::from_secs(180);
+
+/// A running virtual machine. Dropping it kills it; if the test is failing, what the guest and
+/// QEMU said is printed as well.
+#[derive(Debug)]
+pub struct Guest {
+    child: Child,
+    console: PathBuf,
+    errors: PathBuf,
+    /// How much of the console has been looked at by [`Self::wait_for`].
+    seen: usize,
+}
+
+/// A file of the guest that the set-up script has built.
+///
+/// # Panics
+///
+/// Panics when it is missing.
+#[must_use]
+pub fn built(name: &str) -> PathBuf {
+    let path = target_directory().join("guest").join(name);
+    assert!(
+        path.exists(),
+        "{} is missing: run .ci/setup first",
+        path.display()
+    );
+    path
+}
+
+impl Guest {
+    /// Starts a virtual machine with so many processors on the disk at the scratch's socket.
+    /// `words` go to the kernel's command line, where the scripts of `integration/guest` read them.
+    #[must_use]
+    pub fn start(scratch: &Scratch, processors: usize, words: &str) -> Self {
+        let console = scratch.file("console.log");
+        let errors = scratch.file("qemu.log");
+        let output = |path: &Path| Stdio::from(File::create(path).expect("make a log"));
+        let memory = number_from_environment("GUEST_MIB", 512);
+        let child = Command::new("qemu-system-x86_64")
+            .args([
+                "-nodefaults",
+                "-no-user-config",
+                "-display",
+                "none",
+                "-serial",
+                "stdio",
+            ])
+            .args(["-accel", "tcg", "-machine", "q35,memory-backend=memory"])
+            .args(["-smp", &processors.to_string(), "-m", &memory.to_string()])
+            .args([
+                "-object",
+                &format!("memory-backend-memfd,id=memory,size={memory}M,share=on"),
+            ])
+            .args([
+                "-chardev",
+                &format!("socket,id=disk,path={}", scratch.socket().display()),
+            ])
+            // Without num-queues QEMU asks for as many queues as there are processors.
+            .args(["-device", "vhost-user-blk-pci,chardev=disk"])
+            .arg("-kernel")
+            .arg(built("vmlinuz"))
+            .arg("-initrd")
+            .arg(built("initramfs"))
+            .args([
+                "-append",
+                &format!("console=ttyS0 quiet mitigations=off {words}"),
+            ])
+            .stdin(Stdio::null())
+            .stdout(output(&console))
+            .stderr(output(&errors))
+            .spawn()
+            .unwrap_or_else(|error| panic!("cannot start QEMU ({error}): run .ci/setup first"));
+        Self {
+            child,
+            console,
+            errors,
+            seen: 0,
+        }
+    }
+
+    /// Waits until the guest says `mark` after everything it was waited for before, and returns
+    /// the rest of that line.
+    ///
+    /// # Panics
+    ///
+    /// Panics when the guest fails, ends or says nothing of the kind in time.
+    pub fn wait_for(&mut self, mark: &str) -> String {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            // The state is asked for first: what was said before the end is then seen below.
+            let ended = self.child.try_wait().expect("ask for QEMU's state");
+            let console = self.console();
+            let fresh = console.get(self.seen..).unwrap_or_default();
+            if let Some(at) = fresh.find(mark) {
+                let rest = &fresh[at + mark.len()..];
+                if let Some(line_end) = rest.find('\n') {
+                    self.seen += at + mark.len() + line_end;
+                    return rest[..line_end].trim().to_owned();
+                }
+            }
+            for bad in ["GUEST-FAILED", "Kernel panic", "I/O error", "EXT4-fs error"] {
+                assert!(!fresh.contains(bad), "the guest says {bad:?}");
+            }
+            if let Some(status) = ended {
+                panic!("QEMU ended with {status} before the guest said {mark}");
+            }
+            assert!(Instant::now() < deadline, "the guest does not say {mark}");
+            std::thread::sleep(Duration::from_millis(50));
+        }
+    }
+
+    /// Waits until the guest has powered off.
+    ///
+    /// # Panics
+    ///
+    /// Panics when it does not, or when QEMU reports a failure.
+    pub fn wait_for_end(mut self) {
+        let deadline = Instant::now() + PATIENCE;
+        let status: ExitStatus = loop {
+            if let Some(status) = self.child.try_wait().expect("ask for QEMU's state") {
+                break status;
+            }
+            assert!(Instant::now() < deadline, "the guest does not power off");
+            std::thread::sleep(Duration::from_millis(50));
+        };
+        assert!(status.success(), "QEMU ended with {status}");
+        let errors = fs::read_to_string(&self.errors).unwrap_or_default();
+        assert!(errors.is_empty(), "QEMU complained: {errors}");
+    }
+
+    /// Everything that the guest has said. A serial console is not always plain text.
+    fn console(&self) -> String {
+        String::from_utf8_lossy(&fs::read(&self.console).unwrap_or_default()).into_owned()
+    }
+}
+
+impl Drop for Guest {
+    fn drop(&mut self) {
+        // Both fail harmlessly when QEMU has ended already.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        if std::thread::panicking() {
+            eprintln!(
+                "---- console of the guest ----\n{}---- end of it ----",
+                self.console()
+            );
+            let errors = fs::read_to_string(&self.errors).unwrap_or_default();
+            eprintln!("---- errors of QEMU ----\n{errors}---- end of them ----");
+        }
+    }
+}
