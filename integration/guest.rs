@@ -20,11 +20,7 @@ impl Disk {
     fn new(name: &str, format: &str) -> Self {
         let scratch = Scratch::new(name);
         let image = scratch.file("disk.img");
-        Self {
-            scratch,
-            image,
-            arguments: vec!["--format".to_owned(), format.to_owned()],
-        }
+        Self { scratch, image, arguments: vec!["--format".to_owned(), format.to_owned()] }
     }
 
     /// A qcow2 overlay of the qcow2 base that all tests share. The base lies in another directory,
@@ -45,8 +41,7 @@ impl Disk {
             path,
         ]);
         let directory = base.parent().expect("a file lies in a directory");
-        disk.arguments
-            .extend(["--allow-path".to_owned(), directory.display().to_string()]);
+        disk.arguments.extend(["--allow-path".to_owned(), directory.display().to_string()]);
         disk
     }
 
@@ -59,8 +54,7 @@ impl Disk {
     }
 
     fn with(mut self, arguments: &[&str]) -> Self {
-        self.arguments
-            .extend(arguments.iter().map(|argument| (*argument).to_owned()));
+        self.arguments.extend(arguments.iter().map(|argument| (*argument).to_owned()));
         self
     }
 
@@ -99,16 +93,12 @@ fn two_processors_and_default_queues() {
 
 #[test]
 fn threads_instead_of_io_uring() {
-    Disk::overlay("guest-threads")
-        .with(&["--aio", "threads"])
-        .run(1);
+    Disk::overlay("guest-threads").with(&["--aio", "threads"]).run(1);
 }
 
 #[test]
 fn direct_io() {
-    Disk::overlay("guest-direct")
-        .with(&["--cache", "none"])
-        .run(1);
+    Disk::overlay("guest-direct").with(&["--cache", "none"]).run(1);
 }
 
 #[test]
@@ -126,11 +116,7 @@ fn external_data_file() {
 
 #[test]
 fn external_raw_data_file() {
-    let options = |directory: &Path| {
-        format!(
-            "data_file={}/disk.data,data_file_raw=on",
-            directory.display()
-        )
-    };
+    let options =
+        |directory: &Path| format!("data_file={}/disk.data,data_file_raw=on", directory.display());
     Disk::converted("guest-data-raw", options).run(1);
 }

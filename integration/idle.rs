@@ -22,17 +22,11 @@ fn assert_idle(daemon: &mut Daemon) {
     let memory = daemon.memory();
     eprintln!("in 5 s of idleness: {ticks} ticks of processor time, {memory:?}");
     daemon.assert_alive();
-    assert!(
-        ticks <= 1,
-        "{ticks} ticks of processor time in 5 s of idleness"
-    );
+    assert!(ticks <= 1, "{ticks} ticks of processor time in 5 s of idleness");
     // Memory shared with the guest is left out: those pages are the guest's, which would have them
     // without the daemon as well, and how many the daemon has touched is up to the guest.
     let own_kib = memory.anonymous_kib + memory.file_kib;
-    assert!(
-        own_kib < MEMORY_KIB,
-        "{own_kib} KiB of memory of its own: {memory:?}"
-    );
+    assert!(own_kib < MEMORY_KIB, "{own_kib} KiB of memory of its own: {memory:?}");
 }
 
 #[test]
@@ -44,27 +38,12 @@ fn with_a_client_after_work() {
     let mut client = Client::connect(&scratch.socket(), 4, DEPTH).expect("connect to the daemon");
     for index in 0..64 {
         let offset = index << 24;
-        client
-            .execute(Request::Write {
-                offset,
-                length: 4096,
-            })
-            .expect("write");
-        client
-            .execute(Request::Read {
-                offset,
-                length: 4096,
-            })
-            .expect("read");
+        client.execute(Request::Write { offset, length: 4096 }).expect("write");
+        client.execute(Request::Read { offset, length: 4096 }).expect("read");
     }
     client.execute(Request::Flush).expect("flush");
     assert_idle(&mut daemon);
-    client
-        .execute(Request::Read {
-            offset: 0,
-            length: 4096,
-        })
-        .expect("read after idleness");
+    client.execute(Request::Read { offset: 0, length: 4096 }).expect("read after idleness");
     drop(client);
     daemon.terminate();
 }

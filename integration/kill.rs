@@ -43,16 +43,10 @@ fn kill_often(
         drop(client);
         let history = workload.into_history();
         // Leaked clusters are allowed here, corruption is not.
-        eprintln!(
-            "round {round}: killed after {answers} answers: {:?}",
-            images::check(image)
-        );
+        eprintln!("round {round}: killed after {answers} answers: {:?}", images::check(image));
         verify(scratch, image, model, true).unwrap_or_else(|error| {
             let history = history.of(error.sector());
-            panic!(
-                "round {round}: {error}; {}; SEED={seed}\n{history}",
-                model.origin(&error)
-            );
+            panic!("round {round}: {error}; {}; SEED={seed}\n{history}", model.origin(&error));
         });
     }
     // What the last kill has left is good enough to go on with.
@@ -100,24 +94,12 @@ fn small_clusters() {
 #[test]
 fn direct_io_with_threads() {
     let arguments = ["--cache", "none", "--aio", "threads"];
-    kill_plain(
-        "kill-direct",
-        32 * MIB,
-        "cluster_size=4k",
-        4 << 10,
-        &arguments,
-    );
+    kill_plain("kill-direct", 32 * MIB, "cluster_size=4k", 4 << 10, &arguments);
 }
 
 #[test]
 fn write_through() {
-    kill_plain(
-        "kill-through",
-        32 * MIB,
-        "",
-        64 << 10,
-        &["--cache", "writethrough"],
-    );
+    kill_plain("kill-through", 32 * MIB, "", 64 << 10, &["--cache", "writethrough"]);
 }
 
 #[test]
@@ -126,18 +108,8 @@ fn overlay_on_a_compressed_base() {
     let (size, cluster) = (64 * MIB, 64 << 10);
     let mut model = Model::new(seed, size / SECTOR);
     let raw = scratch.file("base.raw");
-    images::write_raw(
-        &raw,
-        &mut model,
-        size / SECTOR,
-        &[0..40_000, 60_000..100_007],
-    );
-    images::convert_from_raw(
-        &raw,
-        &scratch.file("base.qcow2"),
-        "compression_type=zstd",
-        true,
-    );
+    images::write_raw(&raw, &mut model, size / SECTOR, &[0..40_000, 60_000..100_007]);
+    images::convert_from_raw(&raw, &scratch.file("base.qcow2"), "compression_type=zstd", true);
     let image = scratch.file("disk.qcow2");
     images::create_overlay(&image, "base.qcow2", "qcow2", size);
     kill_often(&scratch, &image, &mut model, seed, cluster, &[]);

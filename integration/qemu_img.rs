@@ -14,10 +14,7 @@ fn make(text: &str, bytes: u64) {
     let mut client = Client::connect(&scratch.socket(), 1, DEPTH).expect("connect to the daemon");
     let capacity = u64::from(client.config().expect("read the configuration").capacity);
     assert_eq!(capacity * 512, bytes);
-    let last = Request::Write {
-        offset: bytes - 4096,
-        length: 4096,
-    };
+    let last = Request::Write { offset: bytes - 4096, length: 4096 };
     client.buffer(0)[..4096].fill(0x77);
     client.execute(last).expect("write the last block");
     drop(client);
@@ -30,10 +27,7 @@ fn make(text: &str, bytes: u64) {
     assert_eq!(info["format-specific"]["data"]["corrupt"], false);
     assert_eq!(info["dirty-flag"], false);
     let actual = info["actual-size"].as_u64().expect("a size");
-    assert!(
-        actual < 2 << 20,
-        "an image with one cluster written takes {actual} bytes"
-    );
+    assert!(actual < 2 << 20, "an image with one cluster written takes {actual} bytes");
 }
 
 #[test]
@@ -75,31 +69,18 @@ fn clusters_given_up_return_their_space() {
     let piece = 256 << 10;
     client.buffer(0).fill(0x99);
     for offset in (0..32_u64 << 20).step_by(piece) {
-        client
-            .execute(Request::Write {
-                offset,
-                length: piece,
-            })
-            .expect("write");
+        client.execute(Request::Write { offset, length: piece }).expect("write");
     }
     client.execute(Request::Flush).expect("flush");
     let full = images::allocated_bytes(&image);
     for offset in (0..32_u64 << 20).step_by(4 << 20) {
-        client
-            .execute(Request::Discard {
-                offset,
-                length: 4 << 20,
-            })
-            .expect("discard");
+        client.execute(Request::Discard { offset, length: 4 << 20 }).expect("discard");
     }
     client.execute(Request::Flush).expect("flush");
     drop(client);
     daemon.terminate();
     let empty = images::allocated_bytes(&image);
     eprintln!("the image took {full} bytes before the discard and {empty} after it");
-    assert!(
-        full >= 32 << 20 && empty < 4 << 20,
-        "{full} bytes became {empty}"
-    );
+    assert!(full >= 32 << 20 && empty < 4 << 20, "{full} bytes became {empty}");
     images::assert_clean(&image);
 }

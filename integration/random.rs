@@ -36,25 +36,12 @@ impl Case {
         let model = Model::new(seed, size / SECTOR);
         let arguments = vec!["--format", "qcow2"];
         let (format, cluster, queues, raw_twin) = ("qcow2", 64 << 10, 1, None);
-        Self {
-            scratch,
-            seed,
-            model,
-            image,
-            format,
-            cluster,
-            queues,
-            arguments,
-            raw_twin,
-        }
+        Self { scratch, seed, model, image, format, cluster, queues, arguments, raw_twin }
     }
 
     /// An empty image with the options of `qemu-img create -o`.
     fn empty(name: &str, size: usize, options: &str, cluster: usize) -> Self {
-        let case = Self {
-            cluster,
-            ..Self::new(name, size)
-        };
+        let case = Self { cluster, ..Self::new(name, size) };
         images::create(&case.image, "qcow2", options, size);
         case
     }
@@ -62,12 +49,7 @@ impl Case {
     /// A raw file called `name` whose first half of every 2 MiB is filled, and the model with it.
     fn half_filled_raw(&mut self, name: &str, sectors: usize) -> PathBuf {
         let path = self.scratch.file(name);
-        images::write_raw(
-            &path,
-            &mut self.model,
-            sectors,
-            &half_of_each(2 * MIB, sectors),
-        );
+        images::write_raw(&path, &mut self.model, sectors, &half_of_each(2 * MIB, sectors));
         path
     }
 
@@ -114,9 +96,7 @@ impl Case {
 fn half_of_each(period: usize, sectors: usize) -> Vec<Range<usize>> {
     let period = period / SECTOR;
     let starts = (0..sectors).step_by(period);
-    starts
-        .map(|start| start..(start + period / 2).min(sectors))
-        .collect()
+    starts.map(|start| start..(start + period / 2).min(sectors)).collect()
 }
 
 #[test]
@@ -146,13 +126,7 @@ fn refcounts_of_1_bit() {
 
 #[test]
 fn refcounts_of_16_bits() {
-    Case::empty(
-        "refcount-16",
-        64 * MIB,
-        "refcount_bits=16,cluster_size=16k",
-        16 << 10,
-    )
-    .run();
+    Case::empty("refcount-16", 64 * MIB, "refcount_bits=16,cluster_size=16k", 16 << 10).run();
 }
 
 #[test]
@@ -200,8 +174,7 @@ fn direct_io() {
 #[test]
 fn direct_io_with_threads() {
     let mut case = Case::empty("direct-threads", 32 * MIB, "cluster_size=4k", 4 << 10);
-    case.arguments
-        .extend(["--cache", "none", "--aio", "threads"]);
+    case.arguments.extend(["--cache", "none", "--aio", "threads"]);
     case.run();
 }
 
@@ -218,12 +191,7 @@ fn overlay_of_compressed(compression: &str) {
     let mut case = Case::new(&format!("base-{compression}"), size);
     let raw = case.half_filled_raw("base.raw", size / SECTOR);
     let base = case.scratch.file("base.qcow2");
-    images::convert_from_raw(
-        &raw,
-        &base,
-        &format!("compression_type={compression}"),
-        true,
-    );
+    images::convert_from_raw(&raw, &base, &format!("compression_type={compression}"), true);
     images::create_overlay(&case.image, "base.qcow2", "qcow2", size);
     case.run();
 }
@@ -243,12 +211,7 @@ fn overwrite_compressed(compression: &str) {
     let size = 64 * MIB;
     let mut case = Case::new(&format!("compressed-{compression}"), size);
     let raw = case.half_filled_raw("source.raw", size / SECTOR);
-    images::convert_from_raw(
-        &raw,
-        &case.image,
-        &format!("compression_type={compression}"),
-        true,
-    );
+    images::convert_from_raw(&raw, &case.image, &format!("compression_type={compression}"), true);
     case.run();
 }
 
@@ -303,12 +266,7 @@ fn raw_image() {
     let mut case = Case::new("raw", size);
     case.image = case.half_filled_raw("disk.raw", size / SECTOR);
     case.arguments = vec!["--format", "raw"];
-    Case {
-        format: "raw",
-        cluster: 4 << 10,
-        ..case
-    }
-    .run();
+    Case { format: "raw", cluster: 4 << 10, ..case }.run();
 }
 
 #[test]

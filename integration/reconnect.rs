@@ -22,26 +22,13 @@ fn disk(name: &str) -> (Scratch, std::path::PathBuf) {
 
 fn write(client: &mut Client, offset: u64, byte: u8) {
     client.buffer(0)[..4096].fill(byte);
-    client
-        .execute(Request::Write {
-            offset,
-            length: 4096,
-        })
-        .expect("write");
+    client.execute(Request::Write { offset, length: 4096 }).expect("write");
 }
 
 fn assert_holds(client: &mut Client, offset: u64, byte: u8) {
     client.buffer(0)[..4096].fill(!byte);
-    client
-        .execute(Request::Read {
-            offset,
-            length: 4096,
-        })
-        .expect("read");
-    assert!(
-        client.buffer(0)[..4096].iter().all(|found| *found == byte),
-        "the data at {offset}"
-    );
+    client.execute(Request::Read { offset, length: 4096 }).expect("read");
+    assert!(client.buffer(0)[..4096].iter().all(|found| *found == byte), "the data at {offset}");
 }
 
 #[test]
@@ -73,17 +60,7 @@ fn a_front_end_that_vanishes_with_requests_in_flight_is_forgotten() {
         while let Some(slot) = client.free_slot() {
             let offset = ((round * DEPTH + slot) as u64 % 256) << 16;
             client.buffer(slot)[..65536].fill(0x5a);
-            client
-                .submit(
-                    0,
-                    slot,
-                    Request::Write {
-                        offset,
-                        length: 65536,
-                    },
-                    &[],
-                )
-                .expect("submit");
+            client.submit(0, slot, Request::Write { offset, length: 65536 }, &[]).expect("submit");
         }
         client.kick().expect("kick");
         // The client and its memory go away while the daemon works on the requests.
@@ -105,17 +82,10 @@ fn a_second_daemon_on_a_live_socket_is_refused() {
     let first = Daemon::start(&scratch, &image, &["--format", "qcow2"]);
     let mut second = Daemon::spawn(&scratch, &other, &["--format", "qcow2"]);
     let status = second.wait();
-    assert_eq!(
-        status.code(),
-        Some(1),
-        "the second daemon ended with {status}"
-    );
+    assert_eq!(status.code(), Some(1), "the second daemon ended with {status}");
     let socket = scratch.socket();
     let log = second.log();
-    assert!(
-        log.contains(socket.to_str().expect("plain text")),
-        "the log names the socket: {log}"
-    );
+    assert!(log.contains(socket.to_str().expect("plain text")), "the log names the socket: {log}");
     // The first one has lost neither its socket nor its service.
     let mut client = Client::connect(&socket, 1, DEPTH).expect("connect to the first daemon");
     write(&mut client, 0, 3);
@@ -134,11 +104,7 @@ fn a_second_daemon_is_refused_while_a_front_end_is_attached() {
     write(&mut client, 0, 3);
     let mut second = Daemon::spawn(&scratch, &other, &["--format", "qcow2"]);
     let status = second.wait();
-    assert_eq!(
-        status.code(),
-        Some(1),
-        "the second daemon ended with {status}"
-    );
+    assert_eq!(status.code(), Some(1), "the second daemon ended with {status}");
     assert_holds(&mut client, 0, 3);
     drop(client);
     first.terminate();
@@ -181,10 +147,7 @@ fn termination_makes_answered_writes_durable_and_removes_the_socket() {
     let raw = scratch.file("converted.raw");
     images::convert_to_raw(&image, "qcow2", None, &raw);
     let bytes = fs::read(raw).expect("read the converted image");
-    assert!(
-        bytes[65536..65536 + 4096].iter().all(|byte| *byte == 0x42),
-        "the data is there"
-    );
+    assert!(bytes[65536..65536 + 4096].iter().all(|byte| *byte == 0x42), "the data is there");
 }
 
 #[test]
@@ -194,23 +157,12 @@ fn a_read_only_disk_refuses_writes() {
     let daemon = Daemon::start(&scratch, &image, &["--format", "qcow2", "--read-only"]);
     let mut client = Client::connect(&scratch.socket(), 1, DEPTH).expect("connect to the daemon");
     let features = client.features();
-    assert!(
-        features.contains(virtio_driver::VirtioBlkFeatureFlags::RO),
-        "{features:?}"
-    );
-    client
-        .execute(Request::Write {
-            offset: 0,
-            length: 4096,
-        })
-        .expect_err("a write is refused");
+    assert!(features.contains(virtio_driver::VirtioBlkFeatureFlags::RO), "{features:?}");
+    client.execute(Request::Write { offset: 0, length: 4096 }).expect_err("a write is refused");
     assert_holds(&mut client, 0, 0);
     drop(client);
     daemon.terminate();
-    assert!(
-        fs::read(&image).expect("read the image") == before,
-        "the image has not changed"
-    );
+    assert!(fs::read(&image).expect("read the image") == before, "the image has not changed");
 }
 
 #[test]
@@ -222,38 +174,18 @@ fn requests_beyond_the_end_are_refused_and_the_queue_goes_on() {
     let far = u64::MAX / 512 * 512 - 512;
     for offset in [end, end - 2048, far] {
         for request in [
-            Request::Read {
-                offset,
-                length: 4096,
-            },
-            Request::Write {
-                offset,
-                length: 4096,
-            },
-            Request::Discard {
-                offset,
-                length: 4096,
-            },
-            Request::WriteZeroes {
-                offset,
-                length: 4096,
-                unmap: true,
-            },
+            Request::Read { offset, length: 4096 },
+            Request::Write { offset, length: 4096 },
+            Request::Discard { offset, length: 4096 },
+            Request::WriteZeroes { offset, length: 4096, unmap: true },
         ] {
-            client
-                .execute(request)
-                .expect_err("a request beyond the end is refused");
+            client.execute(request).expect_err("a request beyond the end is refused");
         }
     }
     write(&mut client, end - 4096, 1);
     assert_holds(&mut client, end - 4096, 1);
     // Waiting once more shows that no request was answered twice.
-    assert!(
-        client
-            .wait(Duration::from_millis(50))
-            .expect("wait")
-            .is_empty()
-    );
+    assert!(client.wait(Duration::from_millis(50)).expect("wait").is_empty());
     drop(client);
     daemon.terminate();
     images::assert_clean(&image);

@@ -1,7 +1,4 @@
-#![expect(
-    unsafe_code,
-    reason = "shares memory with the daemon and hands the driver raw iovecs"
-)]
+#![expect(unsafe_code, reason = "shares memory with the daemon and hands the driver raw iovecs")]
 //! A front-end inside the test: a virtio-blk driver that talks vhost-user to the daemon.
 
 use std::io::{Error, Result};
@@ -89,14 +86,9 @@ impl Client {
     ///
     /// Fails when the daemon is not there or does not offer what is asked for.
     pub fn connect(socket: &Path, queues: usize, depth: usize) -> Result<Self> {
-        let path = socket
-            .to_str()
-            .ok_or_else(|| Error::other("a socket path in plain text"))?;
+        let path = socket.to_str().ok_or_else(|| Error::other("a socket path in plain text"))?;
         let mut transport: Box<VirtioBlkTransport> =
-            Box::new(VhostUser::<VirtioBlkConfig, VirtioBlkReqBuf>::new(
-                path,
-                wanted_features(),
-            )?);
+            Box::new(VhostUser::<VirtioBlkConfig, VirtioBlkReqBuf>::new(path, wanted_features())?);
         let mut queues = VirtioBlkQueue::setup_queues(&mut *transport, queues, QUEUE_SIZE)?;
         let memory = std::fs::File::from(memfd_create("guest-ram", MemfdFlags::CLOEXEC)?);
         memory.set_len((depth * MAX_REQUEST) as u64)?;
@@ -109,12 +101,8 @@ impl Client {
             queue.set_used_notif_enabled(true);
         }
         Ok(Self {
-            notifiers: (0..queues.len())
-                .map(|i| transport.get_submission_notifier(i))
-                .collect(),
-            called: (0..queues.len())
-                .map(|i| transport.get_completion_fd(i))
-                .collect(),
+            notifiers: (0..queues.len()).map(|i| transport.get_submission_notifier(i)).collect(),
+            called: (0..queues.len()).map(|i| transport.get_completion_fd(i)).collect(),
             queues,
             transport,
             buffers,
@@ -157,10 +145,7 @@ impl Client {
 
     /// The data buffer of a slot that has no request in flight.
     pub fn buffer(&mut self, slot: usize) -> &mut [u8] {
-        assert!(
-            !self.busy[slot],
-            "the daemon owns the buffer of a request in flight"
-        );
+        assert!(!self.busy[slot], "the daemon owns the buffer of a request in flight");
         &mut self.buffers[slot * MAX_REQUEST..][..MAX_REQUEST]
     }
 
@@ -190,9 +175,7 @@ impl Client {
             .windows(2)
             .map(|edge| iovec {
                 iov_base: start.wrapping_add(edge[0]).cast(),
-                iov_len: edge[1]
-                    .checked_sub(edge[0])
-                    .expect("cuts in ascending order"),
+                iov_len: edge[1].checked_sub(edge[0]).expect("cuts in ascending order"),
             })
             .filter(|piece| piece.iov_len > 0)
             .collect();
@@ -204,11 +187,7 @@ impl Client {
             // SAFETY: as for reading.
             Request::Write { .. } => unsafe { queue.writev(offset, first, count, slot)? },
             Request::Discard { offset, length } => queue.discard(offset, length, slot)?,
-            Request::WriteZeroes {
-                offset,
-                length,
-                unmap,
-            } => {
+            Request::WriteZeroes { offset, length, unmap } => {
                 queue.write_zeroes(offset, length, unmap, slot)?;
             }
             Request::Flush => queue.flush(slot)?,
@@ -237,10 +216,7 @@ impl Client {
         for queue in &mut self.queues {
             for completion in queue.completions() {
                 self.busy[completion.context] = false;
-                answers.push(Answer {
-                    slot: completion.context,
-                    result: completion.ret,
-                });
+                answers.push(Answer { slot: completion.context, result: completion.ret });
             }
         }
         answers
@@ -259,16 +235,10 @@ impl Client {
             if !answers.is_empty() || left.is_zero() {
                 return Ok(answers);
             }
-            let mut events: Vec<PollFd<'_>> = self
-                .called
-                .iter()
-                .map(|fd| PollFd::new(fd.as_ref(), PollFlags::IN))
-                .collect();
+            let mut events: Vec<PollFd<'_>> =
+                self.called.iter().map(|fd| PollFd::new(fd.as_ref(), PollFlags::IN)).collect();
             // The daemon's interrupt alone must wake this up: a lost one shows as a timeout.
-            match poll(
-                &mut events,
-                i32::try_from(left.as_millis()).unwrap_or(i32::MAX).max(1),
-            ) {
+            match poll(&mut events, i32::try_from(left.as_millis()).unwrap_or(i32::MAX).max(1)) {
                 Ok(_) | Err(rustix::io::Errno::INTR) => {}
                 Err(error) => return Err(error.into()),
             }

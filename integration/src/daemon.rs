@@ -79,25 +79,15 @@ impl Daemon {
     pub fn terminate(mut self) {
         self.signal(Signal::Term);
         let status = self.wait();
-        assert!(
-            status.success(),
-            "after SIGTERM the daemon ended with {status}"
-        );
-        assert!(
-            !self.socket.exists(),
-            "after SIGTERM the socket is still there"
-        );
+        assert!(status.success(), "after SIGTERM the daemon ended with {status}");
+        assert!(!self.socket.exists(), "after SIGTERM the socket is still there");
     }
 
     /// Ends the daemon without giving it any chance to tidy up.
     pub fn kill(mut self) {
         self.child.kill().expect("kill the daemon");
         let status = self.wait();
-        assert_eq!(
-            status.code(),
-            None,
-            "the daemon was gone before it was killed: {status}"
-        );
+        assert_eq!(status.code(), None, "the daemon was gone before it was killed: {status}");
     }
 
     /// Waits until the daemon has ended by itself.
@@ -128,9 +118,7 @@ impl Daemon {
         let field = |name: &str| {
             let line = text.lines().find_map(|line| line.strip_prefix(name));
             let number = line.and_then(|rest| rest.split_whitespace().next());
-            number
-                .and_then(|number| number.parse().ok())
-                .unwrap_or_else(|| panic!("no {name}"))
+            number.and_then(|number| number.parse().ok()).unwrap_or_else(|| panic!("no {name}"))
         };
         Memory {
             anonymous_kib: field("RssAnon:"),
@@ -145,9 +133,7 @@ impl Daemon {
         let text = self.read_proc("stat");
         // The program's name may contain spaces, so fields are counted from behind it. The first
         // field behind it is the third of the line; user and system time are 14th and 15th.
-        let (_, behind_name) = text
-            .rsplit_once(')')
-            .expect("a program name in parentheses");
+        let (_, behind_name) = text.rsplit_once(')').expect("a program name in parentheses");
         let fields: Vec<&str> = behind_name.split_whitespace().collect();
         let ticks = |index: usize| fields[index].parse::<u64>().expect("a number of ticks");
         ticks(11) + ticks(12)
@@ -169,10 +155,7 @@ impl Drop for Daemon {
         let _ = self.child.kill();
         let _ = self.child.wait();
         if std::thread::panicking() {
-            eprintln!(
-                "---- log of the daemon ----\n{}---- end of it ----",
-                self.log()
-            );
+            eprintln!("---- log of the daemon ----\n{}---- end of it ----", self.log());
         }
     }
 }

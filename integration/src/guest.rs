@@ -29,11 +29,7 @@ pub struct Guest {
 #[must_use]
 pub fn built(name: &str) -> PathBuf {
     let path = target_directory().join("guest").join(name);
-    assert!(
-        path.exists(),
-        "{} is missing: run .ci/setup first",
-        path.display()
-    );
+    assert!(path.exists(), "{} is missing: run .ci/setup first", path.display());
     path
 }
 
@@ -47,45 +43,24 @@ impl Guest {
         let output = |path: &Path| Stdio::from(File::create(path).expect("make a log"));
         let memory = number_from_environment("GUEST_MIB", 512);
         let child = Command::new("qemu-system-x86_64")
-            .args([
-                "-nodefaults",
-                "-no-user-config",
-                "-display",
-                "none",
-                "-serial",
-                "stdio",
-            ])
+            .args(["-nodefaults", "-no-user-config", "-display", "none", "-serial", "stdio"])
             .args(["-accel", "tcg", "-machine", "q35,memory-backend=memory"])
             .args(["-smp", &processors.to_string(), "-m", &memory.to_string()])
-            .args([
-                "-object",
-                &format!("memory-backend-memfd,id=memory,size={memory}M,share=on"),
-            ])
-            .args([
-                "-chardev",
-                &format!("socket,id=disk,path={}", scratch.socket().display()),
-            ])
+            .args(["-object", &format!("memory-backend-memfd,id=memory,size={memory}M,share=on")])
+            .args(["-chardev", &format!("socket,id=disk,path={}", scratch.socket().display())])
             // Without num-queues QEMU asks for as many queues as there are processors.
             .args(["-device", "vhost-user-blk-pci,chardev=disk"])
             .arg("-kernel")
             .arg(built("vmlinuz"))
             .arg("-initrd")
             .arg(built("initramfs"))
-            .args([
-                "-append",
-                &format!("console=ttyS0 quiet mitigations=off {words}"),
-            ])
+            .args(["-append", &format!("console=ttyS0 quiet mitigations=off {words}")])
             .stdin(Stdio::null())
             .stdout(output(&console))
             .stderr(output(&errors))
             .spawn()
             .unwrap_or_else(|error| panic!("cannot start QEMU ({error}): run .ci/setup first"));
-        Self {
-            child,
-            console,
-            errors,
-            seen: 0,
-        }
+        Self { child, console, errors, seen: 0 }
     }
 
     /// Waits until the guest says `mark` after everything it was waited for before, and returns
@@ -150,10 +125,7 @@ impl Drop for Guest {
         let _ = self.child.kill();
         let _ = self.child.wait();
         if std::thread::panicking() {
-            eprintln!(
-                "---- console of the guest ----\n{}---- end of it ----",
-                self.console()
-            );
+            eprintln!("---- console of the guest ----\n{}---- end of it ----", self.console());
             let errors = fs::read_to_string(&self.errors).unwrap_or_default();
             eprintln!("---- errors of QEMU ----\n{errors}---- end of them ----");
         }

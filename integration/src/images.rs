@@ -25,23 +25,14 @@ pub enum Verdict {
 /// Panics when it fails.
 pub fn qemu_img<Argument: AsRef<OsStr>>(arguments: &[Argument]) -> String {
     let output = run(arguments);
-    assert!(
-        output.status.success(),
-        "qemu-img failed: {}",
-        describe(arguments, &output)
-    );
+    assert!(output.status.success(), "qemu-img failed: {}", describe(arguments, &output));
     String::from_utf8(output.stdout).expect("qemu-img prints text")
 }
 
 /// Makes an empty image; `options` are those of `qemu-img create -o`, or empty.
 pub fn create(path: &Path, format: &str, options: &str, size: usize) {
     let size = size.to_string();
-    let mut arguments = vec![
-        OsStr::new("create"),
-        "-q".as_ref(),
-        "-f".as_ref(),
-        format.as_ref(),
-    ];
+    let mut arguments = vec![OsStr::new("create"), "-q".as_ref(), "-f".as_ref(), format.as_ref()];
     if !options.is_empty() {
         arguments.extend([OsStr::new("-o"), options.as_ref()]);
     }
@@ -87,12 +78,7 @@ pub fn convert_to_raw(source: &Path, format: &str, snapshot: Option<&str>, targe
 /// Panics when it finds corruption or cannot check the image.
 #[must_use]
 pub fn check(path: &Path) -> Verdict {
-    let arguments = [
-        OsStr::new("check"),
-        "-f".as_ref(),
-        "qcow2".as_ref(),
-        path.as_os_str(),
-    ];
+    let arguments = [OsStr::new("check"), "-f".as_ref(), "qcow2".as_ref(), path.as_os_str()];
     let output = run(&arguments);
     match output.status.code() {
         Some(0) => Verdict::Clean,
@@ -103,22 +89,13 @@ pub fn check(path: &Path) -> Verdict {
 
 /// Fails the test unless `qemu-img check` finds neither corruption nor leaks.
 pub fn assert_clean(path: &Path) {
-    assert_eq!(
-        check(path),
-        Verdict::Clean,
-        "{} has leaked clusters",
-        path.display()
-    );
+    assert_eq!(check(path), Verdict::Clean, "{} has leaked clusters", path.display());
 }
 
 /// What `qemu-img info` says about an image.
 #[must_use]
 pub fn info(path: &Path) -> serde_json::Value {
-    let text = qemu_img(&[
-        OsStr::new("info"),
-        "--output=json".as_ref(),
-        path.as_os_str(),
-    ]);
+    let text = qemu_img(&[OsStr::new("info"), "--output=json".as_ref(), path.as_os_str()]);
     serde_json::from_str(&text).expect("qemu-img prints JSON")
 }
 
@@ -135,8 +112,7 @@ pub fn allocated_bytes(path: &Path) -> u64 {
 /// content of its own in `ranges`, holes elsewhere.
 pub fn write_raw(path: &Path, model: &mut Model, sectors: usize, ranges: &[Range<usize>]) {
     let file = File::create_new(path).expect("make a raw image");
-    file.set_len((sectors * SECTOR) as u64)
-        .expect("size a raw image");
+    file.set_len((sectors * SECTOR) as u64).expect("size a raw image");
     for range in ranges {
         let tag = model.fresh_tag();
         model.lay_down(range.clone(), tag);
@@ -147,9 +123,7 @@ pub fn write_raw(path: &Path, model: &mut Model, sectors: usize, ranges: &[Range
 fn write_content(file: &File, range: &Range<usize>, tag: Tag) {
     use std::io::{Seek, SeekFrom};
     let mut writer = BufWriter::with_capacity(1 << 20, file);
-    writer
-        .seek(SeekFrom::Start((range.start * SECTOR) as u64))
-        .expect("seek in a raw image");
+    writer.seek(SeekFrom::Start((range.start * SECTOR) as u64)).expect("seek in a raw image");
     let mut content = [0; SECTOR];
     for sector in range.clone() {
         tag.fill(sector, &mut content);
@@ -170,12 +144,7 @@ fn write_content(file: &File, range: &Range<usize>, tag: Tag) {
 pub fn verify_raw(path: &Path, model: &mut Model, after_crash: bool) -> Result<(), Mismatch> {
     let mut file = File::open(path).expect("open the converted image");
     let length = file.metadata().expect("look at the converted image").len();
-    assert_eq!(
-        length,
-        (model.len() * SECTOR) as u64,
-        "the length of {}",
-        path.display()
-    );
+    assert_eq!(length, (model.len() * SECTOR) as u64, "the length of {}", path.display());
     let mut bytes = vec![0; 1 << 20];
     let mut first = 0;
     while first < model.len() {
@@ -200,18 +169,8 @@ fn run<Argument: AsRef<OsStr>>(arguments: &[Argument]) -> Output {
 }
 
 fn describe<Argument: AsRef<OsStr>>(arguments: &[Argument], output: &Output) -> String {
-    let arguments: Vec<_> = arguments
-        .iter()
-        .map(|text| text.as_ref().to_string_lossy())
-        .collect();
-    let said = [&output.stdout[..], &output.stderr[..]]
-        .map(String::from_utf8_lossy)
-        .concat();
+    let arguments: Vec<_> = arguments.iter().map(|text| text.as_ref().to_string_lossy()).collect();
+    let said = [&output.stdout[..], &output.stderr[..]].map(String::from_utf8_lossy).concat();
     let lines: Vec<&str> = said.lines().take(20).collect();
-    format!(
-        "{} ({})\n{}",
-        arguments.join(" "),
-        output.status,
-        lines.join("\n")
-    )
+    format!("{} ({})\n{}", arguments.join(" "), output.status, lines.join("\n"))
 }

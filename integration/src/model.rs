@@ -44,9 +44,7 @@ impl Tag {
             return bytes.iter().all(|byte| *byte == 0);
         }
         let word = self.first_word(sector);
-        (0..)
-            .zip(bytes.chunks_exact(8))
-            .all(|(i, b)| b == word.wrapping_add(i).to_le_bytes())
+        (0..).zip(bytes.chunks_exact(8)).all(|(i, b)| b == word.wrapping_add(i).to_le_bytes())
     }
 
     /// Mixes tag and sector so that any bit of either changes half the bits. Words of a sector
@@ -102,16 +100,9 @@ impl Mismatch {
 
 impl fmt::Display for Mismatch {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self {
-            sector,
-            expected,
-            found,
-        } = self;
+        let Self { sector, expected, found } = self;
         let offset = sector * SECTOR;
-        write!(
-            formatter,
-            "sector {sector} (offset {offset:#x}) holds {found:02x?}..., "
-        )?;
+        write!(formatter, "sector {sector} (offset {offset:#x}) holds {found:02x?}..., ")?;
         write!(formatter, "but it may only hold {expected}")
     }
 }
@@ -133,18 +124,8 @@ impl Model {
     /// A disk of so many sectors, all zero. Its content will differ from that of other seeds.
     #[must_use]
     pub fn new(seed: u64, sectors: usize) -> Self {
-        let empty = Sector {
-            settled: Tag::ZEROES,
-            or_zeroes: false,
-            recent: Vec::new(),
-        };
-        Self {
-            sectors: vec![empty; sectors],
-            changed: BTreeSet::new(),
-            clock: 0,
-            seed,
-            tags: 0,
-        }
+        let empty = Sector { settled: Tag::ZEROES, or_zeroes: false, recent: Vec::new() };
+        Self { sectors: vec![empty; sectors], changed: BTreeSet::new(), clock: 0, seed, tags: 0 }
     }
 
     /// Content that no sector of this disk has held before.
@@ -169,21 +150,14 @@ impl Model {
     /// Lays content down before the daemon has anything to do with the disk.
     pub fn lay_down(&mut self, range: Range<usize>, tag: Tag) {
         for sector in &mut self.sectors[range] {
-            *sector = Sector {
-                settled: tag,
-                or_zeroes: false,
-                recent: Vec::new(),
-            };
+            *sector = Sector { settled: tag, or_zeroes: false, recent: Vec::new() };
         }
     }
 
     /// A request that changes the range has been submitted.
     pub fn begin(&mut self, range: Range<usize>, effect: Effect) {
         for sector in range {
-            self.sectors[sector].recent.push(Change {
-                effect,
-                done_at: None,
-            });
+            self.sectors[sector].recent.push(Change { effect, done_at: None });
             self.changed.insert(sector);
         }
     }
@@ -211,11 +185,7 @@ impl Model {
         self.changed.retain(|index| {
             let sector = &mut sectors[*index];
             let is_covered = |change: &Change| change.done_at.is_some_and(|at| at < begun_at);
-            let covered = sector
-                .recent
-                .iter()
-                .rposition(is_covered)
-                .map_or(0, |last| last + 1);
+            let covered = sector.recent.iter().rposition(is_covered).map_or(0, |last| last + 1);
             (sector.settled, sector.or_zeroes) = sector.after(covered);
             sector.recent.drain(..covered);
             !sector.recent.is_empty()
@@ -278,11 +248,7 @@ impl Model {
             let Some(seen) = possible.iter().find(|tag| tag.matches(index, bytes)) else {
                 return Err(mismatch(index, &possible, false, bytes));
             };
-            *sector = Sector {
-                settled: *seen,
-                or_zeroes: false,
-                recent: Vec::new(),
-            };
+            *sector = Sector { settled: *seen, or_zeroes: false, recent: Vec::new() };
             self.changed.remove(&index);
         }
         Ok(())
@@ -294,12 +260,10 @@ impl Sector {
     /// zeroes instead.
     fn after(&self, count: usize) -> (Tag, bool) {
         let start = (self.settled, self.or_zeroes);
-        self.recent[..count]
-            .iter()
-            .fold(start, |(tag, _), change| match change.effect {
-                Effect::Set(tag) => (tag, false),
-                Effect::PerhapsZeroes => (tag, true),
-            })
+        self.recent[..count].iter().fold(start, |(tag, _), change| match change.effect {
+            Effect::Set(tag) => (tag, false),
+            Effect::PerhapsZeroes => (tag, true),
+        })
     }
 
     /// Decides between the two possibilities that discards have left open.
@@ -337,11 +301,7 @@ fn mismatch(sector: usize, possible: &[Tag], or_zeroes: bool, bytes: &[u8]) -> M
     if or_zeroes {
         expected.push("zeroes".to_owned());
     }
-    Mismatch {
-        sector,
-        expected: expected.join(" or "),
-        found: bytes[..16].to_vec(),
-    }
+    Mismatch { sector, expected: expected.join(" or "), found: bytes[..16].to_vec() }
 }
 
 #[cfg(test)]

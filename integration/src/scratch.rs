@@ -61,19 +61,14 @@ impl Drop for Scratch {
 #[must_use]
 pub fn target_directory() -> PathBuf {
     let test = std::env::current_exe().expect("find the running test");
-    test.ancestors()
-        .nth(3)
-        .expect("a test lies in <target>/<profile>/deps")
-        .to_path_buf()
+    test.ancestors().nth(3).expect("a test lies in <target>/<profile>/deps").to_path_buf()
 }
 
 /// A number from the environment, or `default` when the variable is not set.
 #[must_use]
 pub fn number_from_environment(variable: &str, default: u64) -> u64 {
     match std::env::var(variable) {
-        Ok(text) => text
-            .parse()
-            .unwrap_or_else(|_| panic!("{variable}={text} is not a number")),
+        Ok(text) => text.parse().unwrap_or_else(|_| panic!("{variable}={text} is not a number")),
         Err(_) => default,
     }
 }

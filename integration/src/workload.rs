@@ -86,17 +86,10 @@ impl<'a> Workload<'a> {
         use virtio_driver::VirtioBlkFeatureFlags as Features;
         let wanted = Features::FLUSH | Features::DISCARD | Features::WRITE_ZEROES;
         let features = client.features();
-        assert!(
-            features.contains(wanted),
-            "the device offers only {features:?}"
-        );
+        assert!(features.contains(wanted), "the device offers only {features:?}");
         let config = client.config().expect("read the configuration");
         let capacity = u64::from(config.capacity);
-        assert_eq!(
-            capacity,
-            model.len() as u64,
-            "the disk's capacity in sectors"
-        );
+        assert_eq!(capacity, model.len() as u64, "the disk's capacity in sectors");
         let limits = Limits {
             block: (u32::from(config.blk_size) as usize / SECTOR).max(1),
             discard: u32::from(config.max_discard_sectors) as usize,
@@ -104,15 +97,7 @@ impl<'a> Workload<'a> {
             cluster: (cluster / SECTOR).max(1),
         };
         let flights = (0..DEPTH).map(|_| None).collect();
-        Self {
-            model,
-            rng,
-            flights,
-            limits,
-            window: 0,
-            submitted: 0,
-            history: History::default(),
-        }
+        Self { model, rng, flights, limits, window: 0, submitted: 0, history: History::default() }
     }
 
     /// Runs until so many requests have been answered. Others are in flight then.
@@ -123,8 +108,7 @@ impl<'a> Workload<'a> {
     pub fn load(&mut self, client: &mut Client, answers: u64) -> Result<(), String> {
         let mut left = answers;
         while left > 0 {
-            self.submit(client)
-                .map_err(|error| format!("cannot submit: {error}"))?;
+            self.submit(client).map_err(|error| format!("cannot submit: {error}"))?;
             left = left.saturating_sub(self.collect(client)?);
         }
         Ok(())
@@ -157,14 +141,9 @@ impl<'a> Workload<'a> {
         let end = self.model.len() * SECTOR;
         for start in (0..end).step_by(MAX_REQUEST) {
             let length = MAX_REQUEST.min(end - start);
-            let request = Request::Read {
-                offset: start as u64,
-                length,
-            };
+            let request = Request::Read { offset: start as u64, length };
             client.buffer(0)[..length].fill(STALE);
-            client
-                .execute(request)
-                .map_err(|error| format!("{request:?}: {error}"))?;
+            client.execute(request).map_err(|error| format!("{request:?}: {error}"))?;
             self.check(request, start / SECTOR, &client.buffer(0)[..length])?;
         }
         Ok(())
@@ -190,11 +169,7 @@ impl<'a> Workload<'a> {
             let cuts = self.cuts(request);
             client.submit(queue, slot, request, &cuts)?;
             self.history.0.push((false, request, sectors.clone()));
-            self.flights[slot] = Some(Flight {
-                request,
-                sectors,
-                flush_begun_at,
-            });
+            self.flights[slot] = Some(Flight { request, sectors, flush_begun_at });
             self.submitted += 1;
         }
         client.kick()
@@ -216,11 +191,7 @@ impl<'a> Workload<'a> {
             Request::Flush => return self.model.begin_flush(),
             Request::Write { length, .. } => {
                 let is_zeroes = self.rng.usize(..20) == 0;
-                let tag = if is_zeroes {
-                    Tag::ZEROES
-                } else {
-                    self.model.fresh_tag()
-                };
+                let tag = if is_zeroes { Tag::ZEROES } else { self.model.fresh_tag() };
                 tag.fill(sectors.start, &mut client.buffer(slot)[..length]);
                 Effect::Set(tag)
             }
@@ -232,9 +203,7 @@ impl<'a> Workload<'a> {
     }
 
     fn collect(&mut self, client: &mut Client) -> Result<u64, String> {
-        let answers = client
-            .wait(PATIENCE)
-            .map_err(|error| format!("cannot wait: {error}"))?;
+        let answers = client.wait(PATIENCE).map_err(|error| format!("cannot wait: {error}"))?;
         if answers.is_empty() {
             let waiting: Vec<&Flight> = self.flights.iter().flatten().collect();
             return Err(format!("no answer came to any of {waiting:?}"));
@@ -246,28 +215,15 @@ impl<'a> Workload<'a> {
     }
 
     fn finish(&mut self, client: &mut Client, answer: Answer) -> Result<(), String> {
-        let flight = self.flights[answer.slot]
-            .take()
-            .expect("answers come to requests in flight");
-        let Flight {
-            request,
-            sectors,
-            flush_begun_at,
-        } = flight;
+        let flight = self.flights[answer.slot].take().expect("answers come to requests in flight");
+        let Flight { request, sectors, flush_begun_at } = flight;
         self.history.0.push((true, request, sectors.clone()));
         if answer.result != 0 {
-            return Err(format!(
-                "{request:?} was answered with error {}",
-                -answer.result
-            ));
+            return Err(format!("{request:?} was answered with error {}", -answer.result));
         }
         match request {
             Request::Read { length, .. } => {
-                self.check(
-                    request,
-                    sectors.start,
-                    &client.buffer(answer.slot)[..length],
-                )?;
+                self.check(request, sectors.start, &client.buffer(answer.slot)[..length])?;
             }
             Request::Flush => self.model.finish_flush(flush_begun_at),
             _ => self.model.finish(sectors),
@@ -279,25 +235,15 @@ impl<'a> Workload<'a> {
     fn choose(&mut self) -> Request {
         let offset = 0;
         match self.rng.usize(..100) {
-            0..40 => Request::Read {
-                offset,
-                length: self.data_sectors() * SECTOR,
-            },
-            40..82 => Request::Write {
-                offset,
-                length: self.data_sectors() * SECTOR,
-            },
+            0..40 => Request::Read { offset, length: self.data_sectors() * SECTOR },
+            40..82 => Request::Write { offset, length: self.data_sectors() * SECTOR },
             82..89 => {
                 let length = (self.range_sectors(self.limits.discard) * SECTOR) as u64;
                 Request::Discard { offset, length }
             }
             89..97 => {
                 let length = (self.range_sectors(self.limits.write_zeroes) * SECTOR) as u64;
-                Request::WriteZeroes {
-                    offset,
-                    length,
-                    unmap: self.rng.bool(),
-                }
+                Request::WriteZeroes { offset, length, unmap: self.rng.bool() }
             }
             _ => Request::Flush,
         }
@@ -360,15 +306,8 @@ impl<'a> Workload<'a> {
     fn start(&mut self, request: Request, last: usize) -> usize {
         let anywhere = self.rng.usize(..=last);
         let nearby = self.window + self.rng.usize(..WINDOW_SECTORS);
-        let start = if self.rng.bool() {
-            anywhere
-        } else {
-            nearby.min(last)
-        };
-        let gives_up = matches!(
-            request,
-            Request::Discard { .. } | Request::WriteZeroes { .. }
-        );
+        let start = if self.rng.bool() { anywhere } else { nearby.min(last) };
+        let gives_up = matches!(request, Request::Discard { .. } | Request::WriteZeroes { .. });
         let is_whole = gives_up && self.rng.bool();
         let unit = if is_whole { self.limits.cluster } else { 1 }.max(self.limits.block);
         start - start % unit
@@ -385,9 +324,7 @@ impl<'a> Workload<'a> {
             _ => return Vec::new(),
         };
         let count = self.rng.usize(1..=3);
-        let mut cuts: Vec<usize> = (0..count)
-            .map(|_| self.rng.usize(..length) / unit)
-            .collect();
+        let mut cuts: Vec<usize> = (0..count).map(|_| self.rng.usize(..length) / unit).collect();
         cuts.sort_unstable();
         cuts.iter().map(|cut| cut * unit).collect()
     }
@@ -400,11 +337,9 @@ fn at(request: Request, sectors: &Range<usize>) -> Request {
         Request::Read { length, .. } => Request::Read { offset, length },
         Request::Write { length, .. } => Request::Write { offset, length },
         Request::Discard { length, .. } => Request::Discard { offset, length },
-        Request::WriteZeroes { length, unmap, .. } => Request::WriteZeroes {
-            offset,
-            length,
-            unmap,
-        },
+        Request::WriteZeroes { length, unmap, .. } => {
+            Request::WriteZeroes { offset, length, unmap }
+        }
         Request::Flush => Request::Flush,
     }
 }

@@ -7,35 +7,55 @@ use crate::bytes::HostOffset;
 use crate::error::CorruptKind;
 use crate::sync::{AtomicU64, OnceLock, Ordering};
 
-/// Chunk k covers this many clusters shifted left by k.
-const FIRST_CHUNK_BITS: u32 = 15;
-const CHUNKS: usize = 40;
+/// Words of bits in a leaf: small, since an image may spread its tables as thin as it likes, and
+/// each table that lies alone costs one leaf.
+const LEAF_WORDS: usize = 64;
+const LEAF_BITS: u32 = 12;
+const FAN_OUT_BITS: u32 = 12;
+const FAN_OUT: usize = 1 << FAN_OUT_BITS;
 
-/// A growing set of host clusters, read without a lock.
+type Leaf = Box<[AtomicU64]>;
+type Middle = Box<[OnceLock<Leaf>]>;
+
+/// A growing set of host clusters, read without a lock: a radix tree of bits.
 pub(super) struct Regions {
     cluster_bits: u32,
-    chunks: [OnceLock<Box<[AtomicU64]>>; CHUNKS],
+    top: Box<[OnceLock<Middle>]>,
+}
+
+/// Where the bit of a cluster is.
+struct Place {
+    top: usize,
+    middle: usize,
+    word: usize,
+    bit: u64,
 }
 
 impl Regions {
     pub(super) fn new(cluster_bits: u32) -> Self {
-        Self { cluster_bits, chunks: [const { OnceLock::new() }; CHUNKS] }
+        Self { cluster_bits, top: (0..FAN_OUT).map(|_| OnceLock::new()).collect() }
     }
 
-    /// Chunk, word and bit of a cluster: chunk k starts at `(2^k - 1) << FIRST_CHUNK_BITS`.
-    fn place(cluster: u64) -> Option<(usize, usize, u64)> {
-        let shifted = (cluster >> FIRST_CHUNK_BITS) + 1;
-        let chunk = shifted.ilog2();
-        let start = ((1_u64 << chunk) - 1) << FIRST_CHUNK_BITS;
-        let within = cluster - start;
-        let chunk = usize::try_from(chunk).ok().filter(|&chunk| chunk < CHUNKS)?;
-        Some((chunk, usize::try_from(within / 64).ok()?, 1 << (within % 64)))
+    /// `None` for a cluster beyond 2^36: no file that large is written to.
+    fn place(cluster: u64) -> Option<Place> {
+        let part = |shift: u32| usize::try_from(cluster >> shift).ok();
+        Some(Place {
+            top: part(LEAF_BITS + FAN_OUT_BITS).filter(|&top| top < FAN_OUT)?,
+            middle: part(LEAF_BITS)? % FAN_OUT,
+            word: part(6)? % LEAF_WORDS,
+            bit: 1 << (cluster % 64),
+        })
     }
 
-    fn word(&self, chunk: usize, word: usize) -> &AtomicU64 {
-        let words = 1_usize << (FIRST_CHUNK_BITS as usize + chunk - 6);
-        let make = || (0..words).map(|_| AtomicU64::new(0)).collect();
-        &self.chunks[chunk].get_or_init(make)[word]
+    fn make(&self, place: &Place) -> &AtomicU64 {
+        let middles = || (0..FAN_OUT).map(|_| OnceLock::new()).collect();
+        let words = || (0..LEAF_WORDS).map(|_| AtomicU64::new(0)).collect();
+        let middle = self.top[place.top].get_or_init(middles);
+        &middle[place.middle].get_or_init(words)[place.word]
+    }
+
+    fn get(&self, place: &Place) -> Option<&AtomicU64> {
+        Some(&self.top[place.top].get()?[place.middle].get()?[place.word])
     }
 
     fn clusters(&self, at: HostOffset, len: u64) -> std::ops::RangeInclusive<u64> {
@@ -45,25 +65,26 @@ impl Regions {
 
     /// Says that a range holds metadata.
     pub(super) fn add(&self, at: HostOffset, len: u64) {
-        for (chunk, word, bit) in self.clusters(at, len).filter_map(Self::place) {
-            self.word(chunk, word).fetch_or(bit, Ordering::Relaxed);
+        for place in self.clusters(at, len).filter_map(Self::place) {
+            self.make(&place).fetch_or(place.bit, Ordering::Relaxed);
         }
     }
 
     /// Says that a range holds metadata no more.
     pub(super) fn remove(&self, at: HostOffset, len: u64) {
-        for (chunk, word, bit) in self.clusters(at, len).filter_map(Self::place) {
-            self.word(chunk, word).fetch_and(!bit, Ordering::Relaxed);
+        for place in self.clusters(at, len).filter_map(Self::place) {
+            if let Some(word) = self.get(&place) {
+                word.fetch_and(!place.bit, Ordering::Relaxed);
+            }
         }
     }
 
     /// Whether any cluster of a range holds metadata.
     pub(super) fn contains(&self, at: HostOffset, len: u64) -> bool {
         self.clusters(at, len).any(|cluster| {
-            Self::place(cluster).is_none_or(|(chunk, word, bit)| {
-                self.chunks[chunk]
-                    .get()
-                    .is_some_and(|words| words[word].load(Ordering::Relaxed) & bit != 0)
+            Self::place(cluster).is_none_or(|place| {
+                let word = self.get(&place);
+                word.is_some_and(|word| word.load(Ordering::Relaxed) & place.bit != 0)
             })
         })
     }
@@ -95,5 +116,6 @@ mod tests {
         assert!(regions.check(HostOffset(2 << 9), (32767 - 2 + 1) * 512).is_err());
         regions.remove(HostOffset(1 << 9), 512);
         assert!(regions.check(HostOffset(1 << 9), 512).is_ok());
+        assert!(regions.check(HostOffset(1 << 55), 512).is_err(), "too far to keep track of");
     }
 }

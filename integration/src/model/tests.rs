@@ -47,12 +47,7 @@ fn a_flush_covers_what_was_answered_before_it() {
     write(&mut model, second);
     model.finish_flush(flush);
     model.begin(0..1, Effect::Set(third));
-    for (tag, is_possible) in [
-        (first, true),
-        (second, true),
-        (third, true),
-        (Tag::ZEROES, false),
-    ] {
+    for (tag, is_possible) in [(first, true), (second, true), (third, true), (Tag::ZEROES, false)] {
         let result = model.clone().check_after_crash(0, &content(tag, 0));
         assert_eq!(result.is_ok(), is_possible, "{tag:?}");
     }
