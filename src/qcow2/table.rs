@@ -20,8 +20,6 @@ use crate::sync::{AtomicBool, AtomicU64, Mutex, OnceLock, Ordering, fence, lock}
 
 const FAN_OUT_BITS: u32 = 12;
 const FAN_OUT: usize = 1 << FAN_OUT_BITS;
-/// Slots beyond the budget, for when everything within it is dirty.
-const RESERVE: usize = 4096;
 /// Slices that are always allowed, however small the budget.
 const LEAST: usize = 64;
 
@@ -83,6 +81,21 @@ struct Owner {
     writing: bool,
 }
 
+/// Slots, made in blocks as they are needed: when everything within the budget is dirty, more are
+/// made beyond it, at most one for each request under way.
+struct Slots(Box<[OnceLock<Box<[Slot]>>]>);
+
+impl Slots {
+    fn new() -> Self {
+        Self((0..FAN_OUT).map(|_| OnceLock::new()).collect())
+    }
+
+    fn get(&self, slot: usize) -> &Slot {
+        let block = || (0..FAN_OUT).map(|_| Slot::default()).collect();
+        &self.0[slot >> FAN_OUT_BITS].get_or_init(block)[slot % FAN_OUT]
+    }
+}
+
 struct State {
     owners: Vec<Owner>,
     hand: usize,
@@ -96,7 +109,7 @@ pub(super) struct TableCache {
     words: usize,
     budget: usize,
     directory: Directory,
-    slots: Box<[Slot]>,
+    slots: Slots,
     state: Mutex<State>,
 }
 
@@ -111,14 +124,14 @@ impl TableCache {
     pub(super) fn new(slice_size: u64, budget: u64) -> Self {
         let words = usize::try_from(slice_size / 8).expect("a slice is small");
         let budget = usize::try_from(budget / slice_size).unwrap_or(usize::MAX).max(LEAST);
-        let budget = budget.min(1 << 24);
+        let budget = budget.min(1 << 22);
         let state =
             State { owners: Vec::new(), hand: 0, dirty: 0, generation: 0, loading: HashMap::new() };
         Self {
             words,
             budget,
             directory: Directory::new(),
-            slots: (0..budget + RESERVE).map(|_| Slot::default()).collect(),
+            slots: Slots::new(),
             state: Mutex::new(state),
         }
     }
@@ -129,7 +142,7 @@ impl TableCache {
     pub(super) fn peek<R>(&self, slice: Slice, read: impl FnOnce(&[AtomicU64]) -> R) -> Option<R> {
         let entry = self.directory.get(slice)?;
         let word = entry.load(Ordering::Acquire);
-        let slot = &self.slots[slot_of(word)?];
+        let slot = self.slots.get(slot_of(word)?);
         let result = read(slot.words.get()?);
         fence(Ordering::Acquire);
         if entry.load(Ordering::Relaxed) != word {
@@ -150,7 +163,7 @@ impl TableCache {
     ) -> Option<Option<R>> {
         let mut state = lock(&self.state);
         let slot = slot_of(self.directory.get(slice)?.load(Ordering::Relaxed))?;
-        let result = change(self.slots[slot].words.get()?);
+        let result = change(self.slots.get(slot).words.get()?);
         let owner = &mut state.owners[slot];
         if result.is_some() && !owner.dirty {
             owner.dirty = true;
@@ -179,7 +192,7 @@ impl TableCache {
         }
         for (slot, owner) in state.owners.iter_mut().enumerate() {
             let Some(slice) = owner.slice.filter(|_| owner.dirty) else { continue };
-            let words = self.slots[slot].words.get().expect("an owned slot has words");
+            let words = self.slots.get(slot).words.get().expect("an owned slot has words");
             let bytes = words.iter().flat_map(|word| word.load(Ordering::Relaxed).to_ne_bytes());
             frozen.push(Frozen { slice, bytes: bytes.collect() });
             (owner.dirty, owner.writing) = (false, true);
@@ -242,7 +255,7 @@ impl TableCache {
         // A reader that sees one of the new words sees the cleared directory entry too.
         fence(Ordering::Release);
         let make = || (0..self.words).map(|_| AtomicU64::new(0)).collect();
-        let words = self.slots[slot].words.get_or_init(make);
+        let words = self.slots.get(slot).words.get_or_init(make);
         for (word, bytes) in words.iter().zip(bytes.chunks_exact(8)) {
             let bytes = bytes.try_into().expect("chunks of eight");
             word.store(u64::from_ne_bytes(bytes), Ordering::Relaxed);
@@ -263,13 +276,12 @@ impl TableCache {
                 if owner.dirty || owner.writing {
                     continue;
                 }
-                if !self.slots[slot].used.swap(false, Ordering::Relaxed) {
+                if !self.slots.get(slot).used.swap(false, Ordering::Relaxed) {
                     return slot;
                 }
             }
         }
         state.owners.push(Owner::default());
-        assert!(state.owners.len() <= self.slots.len(), "flushes keep dirty slices bounded");
         state.owners.len() - 1
     }
 }
