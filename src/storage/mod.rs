@@ -6,6 +6,7 @@
 //! sees a short transfer or an end of file: transfers are resumed, and reads past the end give zeros.
 
 pub mod buf;
+pub mod fault;
 pub mod mem;
 pub mod ops;
 
