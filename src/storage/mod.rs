@@ -5,10 +5,16 @@
 //! carry operations out; decorators (bounce buffers, faults) wrap an engine. Above this line nobody
 //! sees a short transfer or an end of file: transfers are resumed, and reads past the end give zeros.
 
+pub mod bounce;
 pub mod buf;
 pub mod fault;
+pub mod files;
+mod lock;
 pub mod mem;
 pub mod ops;
+mod plan;
+mod sys;
+pub mod threads;
 
 use std::fmt;
 use std::io;
