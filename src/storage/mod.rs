@@ -7,14 +7,18 @@
 
 pub mod bounce;
 pub mod buf;
+#[cfg(test)]
+mod engine_tests;
 pub mod fault;
 pub mod files;
+pub mod host;
 mod lock;
 pub mod mem;
 pub mod ops;
 mod plan;
 mod sys;
 pub mod threads;
+pub mod uring;
 
 use std::fmt;
 use std::io;
