@@ -5,9 +5,20 @@
 //! carry operations out; decorators (bounce buffers, faults) wrap an engine. Above this line nobody
 //! sees a short transfer or an end of file: transfers are resumed, and reads past the end give zeros.
 
+pub mod bounce;
 pub mod buf;
+#[cfg(test)]
+mod engine_tests;
+pub mod fault;
+pub mod files;
+pub mod host;
+mod lock;
 pub mod mem;
 pub mod ops;
+mod plan;
+mod sys;
+pub mod threads;
+pub mod uring;
 
 use std::fmt;
 use std::io;

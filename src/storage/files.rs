@@ -1,0 +1,298 @@
+//! The files of the host that the daemon has open.
+//!
+//! The table only grows and is shared by all workers; an engine keeps its own list of what it has
+//! seen, so that the data path takes no lock. A file is opened once: its locks exclude a second
+//! opening, by this process as by any other.
+
+use std::cell::{Ref, RefCell};
+use std::fs::{self, File, FileType, Metadata, OpenOptions};
+use std::io::{self, Seek, SeekFrom};
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use super::bounce::BlockLocks;
+use super::threads::Pool;
+use super::{FileId, FileSource, Limits, OpenMode, Opened, lock, sys};
+use crate::error::{Error, Result};
+use crate::sync::{Arc, AtomicU32, AtomicU64, Ordering, RwLock};
+
+/// How files are opened.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Options {
+    /// Go around the host's page cache (O_DIRECT).
+    pub direct: bool,
+    /// Whether [`Op::Sync`](super::Op::Sync) does anything; without, a power cut loses data that
+    /// guests were told is safe.
+    pub sync: bool,
+    /// Whether to take the locks that keep other programs, QEMU among them, from the same image.
+    pub lock: bool,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self { direct: false, sync: true, lock: true }
+    }
+}
+
+/// The table of open files, and what the workers' engines share beside it.
+#[derive(Debug)]
+pub struct Files {
+    options: Options,
+    table: RwLock<Vec<Arc<OpenFile>>>,
+    pub(super) pool: Arc<Pool>,
+    pub(super) locks: Arc<BlockLocks>,
+}
+
+/// One open file.
+#[derive(Debug)]
+pub(super) struct OpenFile {
+    pub(super) file: File,
+    pub(super) limits: Limits,
+    /// Bits of [`Lack`]: what turned out not to work on this file.
+    lacks: AtomicU32,
+    /// A length that the file has at least, in bytes.
+    length: AtomicU64,
+    /// Discards of a block device must be multiples of this many bytes; 1 for a regular file.
+    pub(super) block_size: u32,
+}
+
+/// Something a file's host cannot do, found out by trying.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Lack {
+    /// Giving space back.
+    Punch = 1,
+    /// Zeroing a range without writing it.
+    ZeroRange = 2,
+    /// Telling a block device that blocks are not needed.
+    Discard = 4,
+}
+
+impl OpenFile {
+    /// Whether `what` was found not to work.
+    pub(super) fn lacks(&self, what: Lack) -> bool {
+        self.lacks.load(Ordering::Relaxed) & what as u32 != 0
+    }
+
+    /// Remembers that `what` does not work, for good.
+    pub(super) fn note_lack(&self, what: Lack) {
+        self.lacks.fetch_or(what as u32, Ordering::Relaxed);
+    }
+
+    /// Whether it is a block device.
+    pub(super) fn is_block_device(&self) -> bool {
+        !self.limits.grows
+    }
+
+    /// Whether the file is known to reach to `end`.
+    pub(super) fn reaches(&self, end: u64) -> bool {
+        self.is_block_device() || self.length.load(Ordering::Relaxed) >= end
+    }
+
+    /// Remembers that the file reaches to `end`. Writes nothing shared when that is no news.
+    pub(super) fn note_reach(&self, end: u64) {
+        if !self.reaches(end) {
+            self.length.fetch_max(end, Ordering::Relaxed);
+        }
+    }
+
+    /// Remembers that the file's length is set to `len`: before, and once more after it was done.
+    pub(super) fn note_resize(&self, len: u64, done: bool) {
+        if done {
+            self.length.store(len, Ordering::Relaxed);
+        } else {
+            self.length.fetch_min(len, Ordering::Relaxed);
+        }
+    }
+
+    fn length(&self) -> io::Result<u64> {
+        if self.is_block_device() {
+            // Nobody uses the descriptor's own position.
+            (&self.file).seek(SeekFrom::End(0))
+        } else {
+            Ok(self.file.metadata()?.len())
+        }
+    }
+}
+
+impl Files {
+    /// An empty table.
+    pub fn new(options: Options) -> Arc<Self> {
+        Arc::new(Self {
+            options,
+            table: RwLock::new(Vec::new()),
+            pool: Pool::new(),
+            locks: BlockLocks::new(),
+        })
+    }
+
+    /// How files are opened.
+    pub fn options(&self) -> Options {
+        self.options
+    }
+
+    fn finish_open(&self, file: File, path: &Path, read_only: bool) -> Result<Opened> {
+        let name = path.display();
+        let failed = |what: &str, error| Error::io(format!("{name}: cannot {what}"), error);
+        let metadata = file.metadata().map_err(|error| failed("inspect", error))?;
+        check_type(metadata.file_type(), path)?;
+        sys::set_blocking(&file, self.options.direct).map_err(|error| {
+            if error.raw_os_error() == Some(libc::EINVAL) {
+                no_direct(path)
+            } else {
+                failed("set up", error)
+            }
+        })?;
+        if self.options.lock {
+            lock::acquire(&file, path, read_only)?;
+        }
+        let device = metadata.file_type().is_block_device();
+        let block_size = if device { sys::block_size(&file).unwrap_or(512) } else { 1 };
+        let mut limits = Limits { grows: !device, ..Limits::default() };
+        if self.options.direct {
+            (limits.memory_alignment, limits.request_alignment) = direct_limits(&file, path)?;
+        }
+        let (lacks, length) = (AtomicU32::new(0), AtomicU64::new(0));
+        let open = OpenFile { file, limits, lacks, length, block_size };
+        let length = open.length().map_err(|error| failed("find the length", error))?;
+        open.length.store(length, Ordering::Relaxed);
+        let mut table = self.table.write().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let id = FileId(u32::try_from(table.len()).expect("fewer files than descriptors"));
+        table.push(Arc::new(open));
+        tracing::debug!("{name}: file {}, {length} bytes, {limits:?}", id.0);
+        Ok(Opened { id, identity: identity(&metadata), length })
+    }
+}
+
+/// What tells a file from others, whatever it is called: a block device is the same by any of its
+/// nodes.
+fn identity(metadata: &Metadata) -> (u64, u64) {
+    if metadata.file_type().is_block_device() {
+        (metadata.rdev(), u64::MAX)
+    } else {
+        (metadata.dev(), metadata.ino())
+    }
+}
+
+fn check_type(kind: FileType, path: &Path) -> Result<()> {
+    let what = if kind.is_file() || kind.is_block_device() {
+        return Ok(());
+    } else if kind.is_dir() {
+        "is a directory"
+    } else if kind.is_fifo() {
+        "is a pipe"
+    } else if kind.is_socket() {
+        "is a socket"
+    } else {
+        "is a character device"
+    };
+    Err(Error::refused(
+        path.display().to_string(),
+        format!("{what}, not an image; give the path of a regular file or a block device"),
+    ))
+}
+
+fn no_direct(path: &Path) -> Error {
+    Error::unsupported(
+        path.display().to_string(),
+        "its file system cannot go around the page cache (O_DIRECT); \
+         choose another --cache than none, such as writeback",
+    )
+}
+
+#[repr(align(8192))]
+struct TrialMemory([u8; 8192]);
+
+/// The alignment in bytes that direct I/O needs of memory and of offsets.
+fn direct_limits(file: &File, path: &Path) -> Result<(u32, u32)> {
+    match sys::direct_alignment(file) {
+        Some((0, _) | (_, 0)) => return Err(no_direct(path)),
+        // An odd answer, such as no power of two, is worth as much as none.
+        Some((memory, request)) if memory.is_power_of_two() && request.is_power_of_two() => {
+            return Ok((memory, request));
+        }
+        _ => {}
+    }
+    let mut memory = Box::new(TrialMemory([0; 8192]));
+    // A read at the end of a file may succeed whatever its alignment, so a short one proves nothing.
+    let mut proves = |from: usize, len: usize| {
+        file.read_at(&mut memory.0[from..from + len], 0).is_ok_and(|read| read == len)
+    };
+    let request = if proves(0, 512) { 512 } else { 4096 };
+    let memory = if proves(512, 4096) { 512 } else { 4096 };
+    Ok((memory, request))
+}
+
+impl FileSource for Files {
+    fn open(&self, path: &Path, mode: OpenMode) -> Result<Opened> {
+        let how = if mode.read_only { "for reading" } else { "for reading and writing" };
+        let failed = |error| Error::io(format!("cannot open {} {how}", path.display()), error);
+        // Opening alone can do things to a device, and a pipe would wait for its other end.
+        check_type(fs::metadata(path).map_err(failed)?.file_type(), path)?;
+        let mut options = OpenOptions::new();
+        options.read(true).write(!mode.read_only).custom_flags(libc::O_NONBLOCK);
+        let file = options.open(path).map_err(failed)?;
+        self.finish_open(file, path, mode.read_only)
+    }
+
+    fn create(&self, path: &Path) -> Result<Opened> {
+        let file = OpenOptions::new().read(true).write(true).create_new(true).open(path);
+        let failed = |error| Error::io(format!("cannot create {}", path.display()), error);
+        let opened = self.finish_open(file.map_err(failed)?, path, false);
+        if opened.is_err() {
+            // Best effort: the error that matters is the first one.
+            let _ = fs::remove_file(path);
+        }
+        opened
+    }
+
+    fn canonical(&self, path: &Path) -> Result<PathBuf> {
+        let failed = |error| Error::io(format!("cannot find {}", path.display()), error);
+        fs::canonicalize(path).map_err(failed)
+    }
+}
+
+/// An engine's own list of the open files, brought up to date when it meets one it has not seen.
+pub(super) struct Seen {
+    files: Arc<Files>,
+    list: RefCell<Vec<Arc<OpenFile>>>,
+}
+
+impl Seen {
+    /// A list for one engine.
+    pub(super) fn new(files: Arc<Files>) -> Self {
+        Self { files, list: RefCell::new(Vec::new()) }
+    }
+
+    /// The file of that number; the borrow must be short.
+    ///
+    /// # Panics
+    /// When no file has that number.
+    pub(super) fn get(&self, id: FileId) -> Ref<'_, Arc<OpenFile>> {
+        let index = usize::try_from(id.0).expect("a file number");
+        if index >= self.list.borrow().len() {
+            let table = self.files.table.read().unwrap_or_else(std::sync::PoisonError::into_inner);
+            self.list.borrow_mut().clone_from(&table);
+        }
+        Ref::map(self.list.borrow(), |list| &list[index])
+    }
+
+    /// What can be done with a file.
+    pub(super) fn limits(&self, id: FileId) -> Limits {
+        self.get(id).limits
+    }
+
+    /// A file's length in bytes, asked of the host.
+    pub(super) fn length(&self, id: FileId) -> io::Result<u64> {
+        self.get(id).length()
+    }
+
+    /// Whether syncs do anything.
+    pub(super) fn syncs(&self) -> bool {
+        self.files.options.sync
+    }
+
+    /// The threads that carry out what would block.
+    pub(super) fn pool(&self) -> &Arc<Pool> {
+        &self.files.pool
+    }
+}
