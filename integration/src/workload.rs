@@ -1,5 +1,6 @@
 //! Random requests, many in flight, each answer held against the model.
 
+use std::collections::VecDeque;
 use std::ops::Range;
 use std::time::Duration;
 
@@ -55,23 +56,33 @@ pub struct Workload<'a> {
 pub struct History(Vec<(bool, Request, Range<usize>)>);
 
 impl History {
-    /// The requests that changed a sector, and all flushes after the first of them.
+    /// The requests that changed a sector, and when the last answered flush was submitted.
     #[must_use]
     pub fn of(&self, sector: usize) -> String {
-        let changes = |request: &Request, sectors: &Range<usize>| {
-            !matches!(request, Request::Read { .. }) && sectors.contains(&sector)
-        };
-        let steps = self.0.iter().enumerate();
-        let lines = steps
-            .skip_while(|(_, (_, request, sectors))| !changes(request, sectors))
-            .filter(|(_, (_, request, sectors))| {
-                changes(request, sectors) || *request == Request::Flush
-            })
-            .map(|(step, (answered, request, _))| {
-                let verb = if *answered { "answered" } else { "submitted" };
-                format!("step {step}: {verb} {request:?}")
-            });
-        lines.collect::<Vec<_>>().join("\n")
+        let mut lines = Vec::new();
+        let (mut flushes, mut last_flush) = (VecDeque::new(), None);
+        for (step, (is_answered, request, sectors)) in self.0.iter().enumerate() {
+            match request {
+                Request::Flush if *is_answered => last_flush = flushes.pop_front(),
+                Request::Flush => flushes.push_back(step),
+                Request::Read { .. } => {}
+                _ if sectors.contains(&sector) => {
+                    let verb = if *is_answered {
+                        "answered"
+                    } else {
+                        "submitted"
+                    };
+                    lines.push(format!("step {step}: {verb} {request:?}"));
+                }
+                _ => {}
+            }
+        }
+        if let Some(step) = last_flush {
+            lines.push(format!(
+                "a flush submitted about step {step} was the last to be answered"
+            ));
+        }
+        lines.join("\n")
     }
 }
 
