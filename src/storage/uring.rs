@@ -13,6 +13,10 @@
 //!
 //! What the ring cannot do goes to the pool's threads; a poll of their mailbox, placed in the ring,
 //! makes the ring's descriptor tell of their answers too.
+//!
+//! Files are named by descriptor. Registering them with the ring would save the kernel a reference
+//! for each operation, but a ring is taken apart some time after its process has ended: until then
+//! it would hold the files, and their locks would turn away the next process that opens them.
 
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
@@ -24,7 +28,7 @@ use std::rc::Rc;
 use io_uring::types::{Fd, FsyncFlags};
 use io_uring::{IoUring, Probe, cqueue, opcode, squeue};
 
-use super::files::{Files, OpenFile, Seen};
+use super::files::{Files, Seen};
 use super::ops::{OpTable, Pending};
 use super::plan::{Call, Plan, Step};
 use super::threads::{Answer, Job, Mailbox};
@@ -36,10 +40,6 @@ const SUBMISSIONS: u32 = 256;
 
 /// How many operations the kernel has at most: the ring of completions can never overflow.
 const COMPLETIONS: u32 = 1024;
-
-/// How many files the ring refers to by number, which saves taking a reference that all workers
-/// share for each operation. Later files are named by descriptor.
-const FIXED_FILES: u32 = 64;
 
 /// The most bytes that the kernel transfers in one call.
 const MOST_BYTES: usize = 0x7fff_f000;
@@ -108,8 +108,6 @@ pub struct Uring {
     backlog: RefCell<VecDeque<usize>>,
     /// Whether a poll of the mailbox is in the ring.
     polling: Cell<bool>,
-    /// How many files have been told to the ring; none when it takes none.
-    fixed: Cell<Option<u32>>,
     jobs: RefCell<VecDeque<Job>>,
     /// How many jobs threads have.
     with_threads: Cell<usize>,
@@ -125,19 +123,15 @@ impl Uring {
     /// # Errors
     /// When the kernel gives no ring.
     pub fn new(files: &Arc<Files>, lane: usize) -> io::Result<Self> {
-        let ring = make_ring()?;
-        // Without fixed files (before Linux 5.19) descriptors do.
-        let fixed = ring.submitter().register_files_sparse(FIXED_FILES).is_ok();
         Ok(Self {
             lane: Lane(lane),
             seen: Seen::new(Arc::clone(files)),
-            ring: RefCell::new(ring),
+            ring: RefCell::new(make_ring()?),
             table: OpTable::new(),
             running: Cell::new(0),
             in_ring: Cell::new(0),
             backlog: RefCell::default(),
             polling: Cell::new(false),
-            fixed: Cell::new(fixed.then_some(0)),
             jobs: RefCell::default(),
             with_threads: Cell::new(0),
             mailbox: Mailbox::new()?,
@@ -159,38 +153,19 @@ impl Uring {
     fn try_dispatch(&self, key: usize) -> bool {
         let file = self.table.with(key, |running| running.file);
         let open = self.seen.get(file);
-        let (target, flags) = self.target(file, &open);
+        let target = Fd(open.file.as_raw_fd());
         let entry = self.table.with(key, |running| {
             let plan = running.plan.as_ref().expect("the plan is here between calls");
             entry(target, plan, running.call)
         });
         if let Some(entry) = entry {
-            return self.push(&entry.flags(flags).user_data(key as u64));
+            return self.push(&entry.user_data(key as u64));
         }
         let (plan, call) = self.table.with(key, |running| (running.plan.take(), running.call));
         let plan = plan.expect("the plan is here between calls");
         let (file, reply) = (Arc::clone(&open), Arc::clone(&self.mailbox));
         self.jobs.borrow_mut().push_back(Job { key, file, plan, call, reply });
         true
-    }
-
-    /// How the ring calls a file.
-    fn target(&self, id: FileId, open: &OpenFile) -> (Fd, squeue::Flags) {
-        let plain = (Fd(open.file.as_raw_fd()), squeue::Flags::empty());
-        let Some(known) = self.fixed.get() else { return plain };
-        if id.0 >= FIXED_FILES {
-            return plain;
-        }
-        for next in known..=id.0 {
-            let fd = self.seen.get(FileId(next)).file.as_raw_fd();
-            if self.ring.borrow().submitter().register_files_update(next, &[fd]).is_err() {
-                self.fixed.set(None);
-                return plain;
-            }
-            self.fixed.set(Some(next + 1));
-        }
-        let index = i32::try_from(id.0).expect("a small number");
-        (Fd(index), squeue::Flags::FIXED_FILE)
     }
 
     fn push(&self, entry: &squeue::Entry) -> bool {
