@@ -213,7 +213,7 @@ fn direct_limits(file: &File, path: &Path) -> Result<(u32, u32)> {
         _ => {}
     }
     let mut memory = Box::new(TrialMemory([0; 8192]));
-    // A read at the end of a file may succeed whatever its alignment, so a short one proves nothing.
+    // A read at the end of a file may succeed whatever its alignment: a short one proves nothing.
     let mut proves = |from: usize, len: usize| {
         file.read_at(&mut memory.0[from..from + len], 0).is_ok_and(|read| read == len)
     };
@@ -294,5 +294,90 @@ impl Seen {
     /// The threads that carry out what would block.
     pub(super) fn pool(&self) -> &Arc<Pool> {
         &self.files.pool
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::bytes::HostOffset;
+    use crate::storage::{Buf, Op, Purpose, block_on, host};
+
+    const WRITABLE: OpenMode = OpenMode { read_only: false, backing: false };
+
+    fn refused(path: &Path, options: Options) -> String {
+        let mode = OpenMode { read_only: true, backing: false };
+        Files::new(options).open(path, mode).expect_err("a refusal").to_string()
+    }
+
+    #[test]
+    fn what_is_no_image_is_refused_by_name_and_kind() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let socket = directory.path().join("socket");
+        let _listener = std::os::unix::net::UnixListener::bind(&socket).expect("a socket");
+        for (path, what) in [
+            (directory.path(), "is a directory"),
+            (&socket, "is a socket"),
+            (Path::new("/dev/null"), "is a character device"),
+            (&directory.path().join("missing"), "No such file"),
+        ] {
+            let error = refused(path, Options::default());
+            assert!(
+                error.contains(what) && error.contains(path.to_str().expect("UTF-8")),
+                "{error}"
+            );
+        }
+    }
+
+    #[test]
+    fn a_file_system_without_direct_io_is_told_what_to_choose() {
+        let options = Options { direct: true, lock: false, ..Options::default() };
+        let error = refused(Path::new("/proc/version"), options);
+        assert!(error.contains("/proc/version") && error.contains("--cache"), "{error}");
+    }
+
+    #[test]
+    fn a_new_file_is_new_and_has_one_identity() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let path = directory.path().join("disk");
+        let files = Files::new(Options::default());
+        let made = files.create(&path).expect("a new file");
+        assert_eq!((made.id, made.length), (FileId(0), 0));
+        files.create(&path).expect_err("there is one already");
+        assert!(path.exists(), "a file that was there stays");
+        let link = directory.path().join("link");
+        std::os::unix::fs::symlink(&path, &link).expect("a link");
+        assert_eq!(files.canonical(&link).expect("a path"), path.canonicalize().expect("a path"));
+        let other = Files::new(Options { lock: false, ..Options::default() });
+        assert_eq!(other.open(&link, WRITABLE).expect("open").identity, made.identity);
+    }
+
+    #[test]
+    fn a_file_is_free_as_soon_as_its_engines_are_gone() {
+        let file = tempfile::NamedTempFile::new().expect("a file");
+        for aio in [host::Aio::Auto, host::Aio::Threads] {
+            for _ in 0..50 {
+                let files = Files::new(Options::default());
+                let start = std::time::Instant::now();
+                let id = files.open(file.path(), WRITABLE).expect("nobody has it").id;
+                assert!(start.elapsed().as_millis() < 1000, "{aio:?}: somebody still had it");
+                let engine = host::engine(aio, &files, 0).expect("an engine");
+                let op = Op::Write { at: HostOffset(0), buf: Buf::zeroed(4096) };
+                block_on(&*engine, engine.submit(id, Purpose::GuestWrite, op)).expect("write");
+            }
+        }
+    }
+
+    #[test]
+    fn without_syncs_a_sync_is_answered_at_once() {
+        let file = tempfile::NamedTempFile::new().expect("a file");
+        for aio in [host::Aio::Auto, host::Aio::Threads] {
+            let files = Files::new(Options { sync: false, ..Options::default() });
+            let id = files.open(file.path(), WRITABLE).expect("open").id;
+            let engine = host::engine(aio, &files, 0).expect("an engine");
+            let answer = engine.submit(id, Purpose::SyncData, Op::Sync);
+            assert!(!engine.is_busy());
+            block_on(&*engine, answer).expect("sync");
+        }
     }
 }

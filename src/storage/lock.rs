@@ -10,6 +10,7 @@ use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
+use std::time::{Duration, Instant};
 
 use super::sys;
 use crate::error::{Error, Result};
@@ -27,6 +28,17 @@ const DENIED: [i64; 2] = [WRITE, RESIZE];
 /// How many entries of /proc a search for a lock's holder looks at before it gives up.
 const SEARCH_LIMIT: usize = 50_000;
 
+/// How long a lock that no process seems to hold is waited for. The kernel finishes what a killed
+/// process had under way, and keeps the file and its locks until then.
+const PATIENCE: Duration = Duration::from_secs(2);
+
+/// A lock of somebody else that excludes ours.
+struct Conflict {
+    byte: i64,
+    /// The holder, if the kernel named it.
+    pid: Option<u32>,
+}
+
 /// Locks `file` for reading, or for reading and writing; the lock ends with the file's last
 /// descriptor.
 ///
@@ -34,31 +46,48 @@ const SEARCH_LIMIT: usize = 50_000;
 /// Refused when another process uses the file in a way that excludes ours. A host without such
 /// locks is no error: that is logged and the file used without.
 pub(super) fn acquire(file: &File, path: &Path, read_only: bool) -> Result<()> {
-    let used: &[i64] =
-        if read_only { &[CONSISTENT_READ] } else { &[CONSISTENT_READ, WRITE, RESIZE] };
-    let own = used.iter().map(|permission| USES + permission);
-    for byte in own.chain(DENIED.map(|permission| DENIES + permission)) {
-        match sys::lock_byte_shared(file, byte) {
-            Ok(()) => {}
-            Err(error) if is_held(&error) => return Err(refusal(file, path, byte, None)),
+    let start = Instant::now();
+    loop {
+        let conflict = match try_acquire(file, read_only) {
+            Ok(None) => return Ok(()),
+            Ok(Some(conflict)) => conflict,
             Err(error) if is_unsupported(&error) => {
                 let name = path.display();
                 tracing::warn!("{name}: cannot be locked ({error}): nothing keeps others away");
                 return Ok(());
             }
             Err(error) => return Err(Error::io(format!("cannot lock {}", path.display()), error)),
+        };
+        let holder = conflict.pid.or_else(|| find_holder(file, conflict.byte));
+        if holder.is_some() || start.elapsed() > PATIENCE {
+            return Err(refusal(path, conflict.byte, holder));
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+/// Takes the locks and looks for others' once; taking them again changes nothing.
+fn try_acquire(file: &File, read_only: bool) -> io::Result<Option<Conflict>> {
+    let used: &[i64] =
+        if read_only { &[CONSISTENT_READ] } else { &[CONSISTENT_READ, WRITE, RESIZE] };
+    let own = used.iter().map(|permission| USES + permission);
+    for byte in own.chain(DENIED.map(|permission| DENIES + permission)) {
+        match sys::lock_byte_shared(file, byte) {
+            Ok(()) => {}
+            Err(error) if is_held(&error) => {
+                let pid = sys::byte_is_locked(file, byte)?.flatten();
+                return Ok(Some(Conflict { byte, pid }));
+            }
+            Err(error) => return Err(error),
         }
     }
-    let opposite = used.iter().map(|permission| DENIES + permission);
-    for byte in opposite.chain(DENIED.map(|permission| USES + permission)) {
-        let held = sys::byte_is_locked(file, byte).map_err(|error| {
-            Error::io(format!("cannot look for locks on {}", path.display()), error)
-        })?;
-        if let Some(pid) = held {
-            return Err(refusal(file, path, byte, pid));
+    let opposite = DENIED.iter().map(|permission| USES + permission);
+    for byte in opposite.chain(used.iter().map(|permission| DENIES + permission)) {
+        if let Some(pid) = sys::byte_is_locked(file, byte)? {
+            return Ok(Some(Conflict { byte, pid }));
         }
     }
-    Ok(())
+    Ok(None)
 }
 
 fn is_held(error: &io::Error) -> bool {
@@ -72,13 +101,13 @@ fn is_unsupported(error: &io::Error) -> bool {
     )
 }
 
-fn refusal(file: &File, path: &Path, byte: i64, pid: Option<u32>) -> Error {
+fn refusal(path: &Path, byte: i64, holder: Option<u32>) -> Error {
     let doing = match byte {
         byte if byte == USES + WRITE || byte == USES + RESIZE => "writes to it",
         byte if byte >= DENIES => "uses it and does not share it",
         _ => "has locked it",
     };
-    let holder = match pid.or_else(|| find_holder(file, byte)) {
+    let holder = match holder {
         Some(pid) if pid == std::process::id() => "this process has it open already and".to_owned(),
         Some(pid) => format!("process {pid}{}", command(pid)),
         None => "another process".to_owned(),

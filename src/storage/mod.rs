@@ -1,9 +1,10 @@
 //! The only place where bytes move.
 //!
 //! An operation is a value ([`Op`]) with a name for why it is done ([`Purpose`]), and there is one
-//! verb, [`Storage::submit`]. Engines ([`uring`](self), threads, a simulated disk) differ in how they
-//! carry operations out; decorators (bounce buffers, faults) wrap an engine. Above this line nobody
-//! sees a short transfer or an end of file: transfers are resumed, and reads past the end give zeros.
+//! verb, [`Storage::submit`]. Engines ([`uring`], [`threads`], a simulated disk in [`mem`]) differ
+//! in how they carry operations out; decorators ([`bounce`] buffers, [`fault`]s) wrap an engine,
+//! and [`host::engine`] picks the right ones. Above this line nobody sees a short transfer or an end
+//! of file: transfers are resumed, and reads past the end give zeros.
 
 pub mod bounce;
 pub mod buf;
@@ -203,7 +204,8 @@ pub trait Engine: Storage {
     /// Whether operations are under way.
     fn is_busy(&self) -> bool;
 
-    /// A descriptor that is readable while [`Engine::reap`] has something to take.
+    /// A descriptor that is readable while [`Engine::reap`] has something to take. A sleep on it
+    /// may also end with `EINTR` when there is something.
     fn pollable(&self) -> RawFd;
 
     /// Submits, then sleeps until at least one operation has finished (returns at once when none
