@@ -290,3 +290,116 @@ fn blocks_within(at: u64, len: u64, block: u64) -> (u64, u64) {
     let end = at.saturating_add(len) / block * block;
     (start, end.saturating_sub(start))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::bytes::HostOffset;
+    use crate::storage::files::{Files, Options, Seen};
+    use crate::storage::{FileId, FileSource, OpenMode};
+
+    /// Answers the calls of a plan for `op` by `answer`, and returns them with the length in bytes
+    /// of the memory of each and the plan's end.
+    fn play(
+        seen: &Seen,
+        plan: &mut Plan,
+        op: &Op,
+        mut answer: impl FnMut(usize) -> Result<usize, i32>,
+    ) -> (Vec<(Call, usize)>, io::Result<()>) {
+        let file = seen.get(FileId(0));
+        let mut calls = Vec::new();
+        let mut step = plan.start(&file, op);
+        loop {
+            match step {
+                Step::Done(result) => {
+                    plan.settle(op);
+                    return (calls, result);
+                }
+                Step::Call(call) => {
+                    let len = plan.segments().iter().map(|segment| segment.iov_len).sum();
+                    calls.push((call, len));
+                    let result = answer(calls.len() - 1).map_err(io::Error::from_raw_os_error);
+                    step = plan.resume(&file, result);
+                }
+            }
+        }
+    }
+
+    fn setup() -> (tempfile::NamedTempFile, Seen) {
+        let file = tempfile::NamedTempFile::new().expect("a file");
+        let files = Files::new(Options::default());
+        let mode = OpenMode { read_only: false, backing: false };
+        files.open(file.path(), mode).expect("open");
+        (file, Seen::new(files))
+    }
+
+    #[test]
+    fn transfers_go_on_where_they_stopped() {
+        let (_file, seen) = setup();
+        let mut plan = Plan::default();
+        let buf = Buf::concat((0..2000).map(|_| Buf::copy_of(&[1; 10])));
+        let op = Op::Write { at: HostOffset(100), buf: buf.clone() };
+        let answers = [Ok(15), Err(libc::EINTR), Err(libc::EAGAIN), Ok(10_240), Ok(9745)];
+        let (calls, result) = play(&seen, &mut plan, &op, |call| answers[call]);
+        result.expect("a write");
+        let write = |at| Call::Write { at };
+        let after = (write(115), 10_235);
+        let last = (write(10_355), 9745);
+        assert_eq!(calls[..2], [(write(100), 10_240), after]);
+        assert_eq!(calls[2..4], [after, after]);
+        assert_eq!(calls[4..], [last]);
+        let op = Op::Read { at: HostOffset(0), buf: buf.clone() };
+        let answers = [Ok(10_240), Ok(4), Ok(0)];
+        let (calls, result) = play(&seen, &mut plan, &op, |call| answers[call]);
+        result.expect("a read");
+        assert_eq!(calls[2].0, Call::Read { at: 10_244 });
+        assert_eq!(buf.to_vec(), [vec![1; 10_244], vec![0; 9756]].concat());
+    }
+
+    #[test]
+    fn a_host_without_better_ways_gets_zeros_written_in_chunks() {
+        let (_file, seen) = setup();
+        let mut plan = Plan::default();
+        let op = Op::Zero { at: HostOffset(7), len: ZERO_CHUNK + 9, unmap: true };
+        let chunk = ZERO_CHUNK as usize;
+        let answers = [Err(libc::EOPNOTSUPP), Err(libc::EOPNOTSUPP), Ok(chunk - 1), Ok(10)];
+        let (calls, result) = play(&seen, &mut plan, &op, |call| answers[call]);
+        result.expect("zeros");
+        assert_eq!(calls[2], (Call::Write { at: 7 }, chunk));
+        assert_eq!(calls[3], (Call::Write { at: 6 + ZERO_CHUNK }, 10));
+        // It is remembered.
+        let (calls, _) = play(&seen, &mut plan, &op, |_| Err(libc::ENOSPC));
+        assert_eq!(calls, [(Call::Write { at: 7 }, chunk)]);
+        let (_, result) = play(&seen, &mut plan, &op, |_| Err(libc::ENOSPC));
+        assert_eq!(result.expect_err("a full disk").raw_os_error(), Some(libc::ENOSPC));
+        // Giving space back was found not to work on the way.
+        let op = Op::Discard { at: HostOffset(0), len: 4096 };
+        let (calls, result) = play(&seen, &mut plan, &op, |_| Err(libc::EIO));
+        assert!(calls.is_empty() && result.is_ok());
+    }
+
+    #[test]
+    fn a_hole_at_the_end_is_followed_by_a_byte_that_makes_the_file_longer() {
+        let (_file, seen) = setup();
+        let mut plan = Plan::default();
+        let op = Op::Zero { at: HostOffset(4096), len: 4096, unmap: true };
+        let hole = Call::Allocate { mode: PUNCH, at: 4096, len: 4096 };
+        let (calls, result) = play(&seen, &mut plan, &op, |call| Ok(call.min(1)));
+        assert_eq!(calls, [(hole, 0), (Call::Write { at: 8191 }, 1)]);
+        result.expect("zeros");
+        let (calls, _) = play(&seen, &mut plan, &op, |_| Ok(0));
+        assert_eq!(calls, [(hole, 0)], "the file is known to be long enough");
+        let (_, result) = play(&seen, &mut plan, &Op::Resize { len: 5000 }, |_| Ok(0));
+        result.expect("a resize");
+        let (calls, _) = play(&seen, &mut plan, &op, |call| Ok(call.min(1)));
+        assert_eq!(calls.len(), 2, "the file was cut meanwhile");
+    }
+
+    #[test]
+    fn blocks_within_a_range_are_whole() {
+        assert_eq!(blocks_within(1, 4095, 512), (512, 3584));
+        assert_eq!(blocks_within(512, 512, 512), (512, 512));
+        assert_eq!(blocks_within(1, 600, 512), (512, 0));
+        assert_eq!(blocks_within(u64::MAX, u64::MAX, 512).1, 0);
+    }
+}

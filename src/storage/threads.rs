@@ -2,9 +2,8 @@
 //! Threads that make the system calls that would block: where io_uring is forbidden all of them,
 //! beside io_uring those few it does not have.
 //!
-//! One pool serves all workers. A job carries a plan to a thread and back; the operation
-//! with its buffer stays in its engine's table meanwhile, and an engine waits for its jobs before
-//! it goes.
+//! One pool serves all workers. A job carries a plan to a thread and back; the operation with its
+//! buffer stays in its engine's table meanwhile, and an engine waits for its jobs before it goes.
 
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
