@@ -165,6 +165,19 @@ impl MemDisk {
         Some(file.volatile.clone())
     }
 
+    /// All files by name, with what a reader on this host sees.
+    pub fn files(&self) -> Vec<(PathBuf, Vec<u8>)> {
+        let disk = self.0.borrow();
+        disk.files.iter().map(|file| (file.name.clone(), file.volatile.clone())).collect()
+    }
+
+    /// Runs `look` on what a reader on this host sees of the file of that name.
+    pub fn look<R>(&self, name: impl AsRef<Path>, look: impl FnOnce(&[u8]) -> R) -> Option<R> {
+        let disk = self.0.borrow();
+        let file = disk.files.iter().find(|file| file.name == name.as_ref())?;
+        Some(look(&file.volatile))
+    }
+
     /// One worker's way to the files; operations finish in an order drawn from `seed`.
     pub fn engine(&self, lane: usize, seed: u64) -> MemEngine {
         MemEngine {
