@@ -67,20 +67,14 @@ impl History {
                 Request::Flush => flushes.push_back(step),
                 Request::Read { .. } => {}
                 _ if sectors.contains(&sector) => {
-                    let verb = if *is_answered {
-                        "answered"
-                    } else {
-                        "submitted"
-                    };
+                    let verb = if *is_answered { "answered" } else { "submitted" };
                     lines.push(format!("step {step}: {verb} {request:?}"));
                 }
                 _ => {}
             }
         }
         if let Some(step) = last_flush {
-            lines.push(format!(
-                "a flush submitted about step {step} was the last to be answered"
-            ));
+            lines.push(format!("a flush submitted about step {step} was the last to be answered"));
         }
         lines.join("\n")
     }
