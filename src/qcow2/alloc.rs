@@ -42,6 +42,21 @@ struct Pool {
     scan_end: u64,
 }
 
+impl Pool {
+    fn insert_free(&mut self, mut first: u64, mut count: u64) {
+        if let Some((&before, &length)) = self.free.range(..first).next_back()
+            && before + length == first
+        {
+            self.free.remove(&before);
+            (first, count) = (before, count + length);
+        }
+        if let Some(length) = self.free.remove(&(first + count)) {
+            count += length;
+        }
+        self.free.insert(first, count);
+    }
+}
+
 /// The state of allocation of one image.
 #[derive(Debug)]
 pub(super) struct Allocator {
@@ -98,32 +113,17 @@ impl Allocator {
         Some(Run::new(first, taken))
     }
 
-    /// Adds clusters whose refcount has become zero; the caller keeps others from looking for
-    /// clusters meanwhile. Those that the search for holes, or the end of the file, will come to
-    /// anyway are left to it: nothing may be found twice.
+    /// Adds clusters whose refcount is zero; the caller keeps others from looking for clusters
+    /// meanwhile. Those that the search for holes, or the end of the file, will come to anyway are
+    /// left to it: nothing may be found twice.
     fn put_free(&self, run: Run) {
         let mut pool = lock(&self.pool);
-        let will_be_found = pool.scan..pool.scan_end;
-        let (mut first, mut count) = (run.first.0, run.count);
-        while count > 0 && will_be_found.contains(&(first + count - 1)) {
-            count -= 1;
+        let searched = pool.scan..pool.scan.max(pool.scan_end);
+        let before = run.first.0..run.end().min(searched.start);
+        let after = run.first.0.max(searched.end)..run.end().min(self.frontier());
+        for part in [before, after].into_iter().filter(|part| !part.is_empty()) {
+            pool.insert_free(part.start, part.end - part.start);
         }
-        while count > 0 && will_be_found.contains(&first) {
-            (first, count) = (first + 1, count - 1);
-        }
-        if count == 0 || first + count > self.frontier() {
-            return;
-        }
-        if let Some((&before, &length)) = pool.free.range(..first).next_back()
-            && before + length == first
-        {
-            pool.free.remove(&before);
-            (first, count) = (before, count + length);
-        }
-        if let Some(length) = pool.free.remove(&(first + count)) {
-            count += length;
-        }
-        pool.free.insert(first, count);
     }
 
     fn is_fresh(&self, run: Run) -> bool {
