@@ -50,7 +50,7 @@ fn run(made: &Made, seed: u64) -> u64 {
     assert!(report.is_clean(), "after the close: {report:?}");
     let image = open(last.as_ref(), &disk, false).expect("opening again");
     assert!(read_all(last.as_ref(), &image).expect("reading again") == bytes, "after reopening");
-    if seed % 100 == 0 {
+    if seed.is_multiple_of(100) {
         let dir = Dir::of(&disk);
         let (verdict, printed) = dir.check(IMAGE);
         assert_eq!(verdict, Verdict::Clean, "{printed}");
