@@ -36,6 +36,23 @@ pub struct Event {
     pub len: u64,
     /// Tells operations apart; the same at submission and end.
     pub serial: u64,
+    /// What it does to the file.
+    pub effect: Effect,
+}
+
+/// What an operation does to a file, as a trace tells it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Effect {
+    /// Nothing: it reads.
+    None,
+    /// It writes these bytes; they are in the trace once, at submission.
+    Write(Vec<u8>),
+    /// It makes a range read as zeros.
+    Zeros,
+    /// It sets the file's length.
+    Length,
+    /// It makes what was finished before durable.
+    Sync,
 }
 
 /// The two moments of an operation.
@@ -373,13 +390,17 @@ impl MemEngine {
 impl Disk {
     fn record(&mut self, stage: Stage, file: FileId, why: Purpose, op: &Op, serial: u64) {
         let Some(trace) = &mut self.trace else { return };
-        let (at, len) = match op {
-            Op::Read { at, buf } | Op::Write { at, buf } => (at.0, buf.len() as u64),
-            Op::Zero { at, len, .. } | Op::Discard { at, len } => (at.0, *len),
-            Op::Resize { len } => (0, *len),
-            Op::Sync => (0, 0),
+        let (at, len, effect) = match op {
+            Op::Read { at, buf } => (at.0, buf.len() as u64, Effect::None),
+            Op::Write { at, buf } if stage == Stage::Submitted => {
+                (at.0, buf.len() as u64, Effect::Write(buf.to_vec()))
+            }
+            Op::Write { at, buf } => (at.0, buf.len() as u64, Effect::Write(Vec::new())),
+            Op::Zero { at, len, .. } | Op::Discard { at, len } => (at.0, *len, Effect::Zeros),
+            Op::Resize { len } => (0, *len, Effect::Length),
+            Op::Sync => (0, 0, Effect::Sync),
         };
-        trace.push(Event { stage, file, why, at, len, serial });
+        trace.push(Event { stage, file, why, at, len, serial, effect });
     }
 
     fn begin(&mut self, file: FileId, op: &Op) -> u64 {

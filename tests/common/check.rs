@@ -86,6 +86,36 @@ pub fn check(bytes: &[u8]) -> Report {
     walk.report
 }
 
+/// What the tables of an image say, for tests that look closer than [`check`].
+#[derive(Debug, Default, Clone)]
+pub struct Map {
+    /// The refcount of each cluster of the file.
+    pub refcounts: Vec<u64>,
+    /// How many references there are to each cluster of the file.
+    pub references: Vec<u32>,
+    /// Host offset of each guest cluster's entry in the active tables, where it is plain.
+    pub guest: Vec<Option<u64>>,
+}
+
+/// Reads an image's tables; empty when it is no image.
+pub fn map(bytes: &[u8]) -> Map {
+    let Some(mut walk) = Walk::new(bytes) else { return Map::default() };
+    walk.tables();
+    let clusters = 0..walk.references.len() as u64;
+    let refcounts = clusters.map(|cluster| walk.refcount(cluster)).collect();
+    let (l1_at, entries) = (be64(bytes, 40), be32(bytes, 36).unwrap_or(0));
+    let mut guest = Vec::new();
+    for index in 0..entries {
+        let table = be64(bytes, l1_at + index * 8) & OFFSET_MASK;
+        for slot in 0..walk.cluster_size() / 8 {
+            let entry = if table == 0 { 0 } else { be64(bytes, table + slot * 8) };
+            let at = entry & OFFSET_MASK;
+            guest.push((at != 0 && entry & COMPRESSED == 0).then_some(at));
+        }
+    }
+    Map { refcounts, references: walk.references, guest }
+}
+
 impl<'a> Walk<'a> {
     fn new(bytes: &'a [u8]) -> Option<Self> {
         let word = |at| be32(bytes, at);

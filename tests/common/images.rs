@@ -87,7 +87,9 @@ impl Layout {
         };
         let snapshots = maker.make();
         let keep = |(name, _): &(PathBuf, Vec<u8>)| !name.starts_with("content.raw");
-        let files = maker.dir.files().into_iter().filter(keep).collect();
+        let mut files: Vec<_> = maker.dir.files().into_iter().filter(keep).collect();
+        // The image is the first file of every simulated host.
+        files.sort_by_key(|(name, _)| name != Path::new(IMAGE));
         Made { layout: *self, files, tags: maker.tags, snapshots }
     }
 }
