@@ -4,6 +4,9 @@
 const OFFSET_MASK: u64 = 0x00ff_ffff_ffff_fe00;
 const COPIED: u64 = 1 << 63;
 const COMPRESSED: u64 = 1 << 62;
+/// Bits of entries that must be zero.
+const L1_RESERVED: u64 = 0x7f00_0000_0000_01ff;
+const L2_RESERVED: u64 = 0x3f00_0000_0000_01fe;
 const BITMAPS_EXTENSION: u64 = 0x2385_2875;
 /// More findings than these are not written down.
 const MOST: usize = 16;
@@ -195,9 +198,10 @@ impl<'a> Walk<'a> {
         let (at, entries) = self.reftable;
         self.table(at, entries * 8, Use::Reftable);
         for index in 0..entries {
-            let block = be64(self.bytes, at + index * 8) & OFFSET_MASK;
-            if block != 0 {
-                self.table(block, self.cluster_size(), Use::Refblock);
+            let entry = be64(self.bytes, at + index * 8);
+            self.reserved(entry, !OFFSET_MASK, || format!("refcount table entry {index}"));
+            if entry & OFFSET_MASK != 0 {
+                self.table(entry & OFFSET_MASK, self.cluster_size(), Use::Refblock);
             }
         }
         let coverage = self.cluster_size() * self.cluster_size() / 8;
@@ -218,6 +222,7 @@ impl<'a> Walk<'a> {
         for index in 0..entries {
             let entry = be64(self.bytes, at + index * 8);
             let table = entry & OFFSET_MASK;
+            self.reserved(entry, L1_RESERVED, || format!("L1 entry {index}"));
             if table == 0 || !self.table(table, self.cluster_size(), Use::L2) {
                 continue;
             }
@@ -241,6 +246,7 @@ impl<'a> Walk<'a> {
                 continue;
             }
             let at = entry & OFFSET_MASK;
+            self.reserved(entry, L2_RESERVED, || format!("L2 entry of guest cluster {guest}"));
             if entry & 1 != 0 && self.version < 3 {
                 self.corrupt(|| format!("a zero flag in version 2, guest cluster {guest}"));
             }
@@ -285,6 +291,12 @@ impl<'a> Walk<'a> {
         let count = self.refcount(at >> self.cluster_bits);
         if (entry & COPIED != 0) != (count == 1) {
             self.corrupt(|| format!("{} is {entry:#x}, refcount {count}", what()));
+        }
+    }
+
+    fn reserved(&mut self, entry: u64, bits: u64, what: impl Fn() -> String) {
+        if entry & bits != 0 {
+            self.corrupt(|| format!("{} is {entry:#x}: reserved bits", what()));
         }
     }
 
@@ -391,3 +403,7 @@ impl<'a> Walk<'a> {
         self.bytes[at..end].iter().any(|&byte| byte != 0)
     }
 }
+
+#[cfg(test)]
+#[path = "check_tests.rs"]
+mod tests;

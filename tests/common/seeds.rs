@@ -27,7 +27,12 @@ pub struct Repeat {
 impl Repeat {
     /// For a test of `file` (without its ending) and one seed.
     pub fn new(file: &str, test: &str, seed: u64) -> Self {
-        Self { command: format!("SEED={seed} cargo nextest run --test {file} -- {test}") }
+        Self::of(&format!("--test {file}"), test, seed)
+    }
+
+    /// For a test that these arguments select.
+    pub fn of(arguments: &str, test: &str, seed: u64) -> Self {
+        Self { command: format!("SEED={seed} cargo nextest run {arguments} -- {test}") }
     }
 }
 
