@@ -8,6 +8,7 @@
 
 pub mod check;
 pub mod images;
+pub mod memory;
 pub mod qemu;
 pub mod replay;
 pub mod sectors;
