@@ -3,7 +3,8 @@
 //! Aligned operations pass straight through. Others become small tasks of this engine: misaligned
 //! memory is copied, a read of part of a block reads the whole of it, a write of part of a block
 //! reads the block, changes it and writes it back. Nobody may change the block meanwhile, so such a
-//! write excludes every other change that touches its blocks, by any worker, through [`BlockLocks`].
+//! write excludes every other change that touches its blocks, by any worker, through
+//! [`BlockLocks`].
 //!
 //! Changes that are aligned take those locks too, except a guest's own where a block has at most
 //! 512 bytes: guest data comes in sectors of 512 bytes, so such a block holds guest data alone and

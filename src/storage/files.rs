@@ -213,7 +213,8 @@ fn direct_limits(file: &File, path: &Path) -> Result<(u32, u32)> {
         _ => {}
     }
     let mut memory = Box::new(TrialMemory([0; 8192]));
-    // A read at the end of a file may succeed whatever its alignment, so a short one proves nothing.
+    // A read at the end of a file may succeed whatever its alignment, so a short one proves
+    // nothing.
     let mut proves = |from: usize, len: usize| {
         file.read_at(&mut memory.0[from..from + len], 0).is_ok_and(|read| read == len)
     };

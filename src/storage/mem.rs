@@ -1,9 +1,9 @@
 //! A simulated host: files in memory with a volatile and a durable half.
 //!
 //! Operations finish in an order drawn from a seed, each as late as the test lets it. A write lands
-//! in the volatile half; a sync moves what had finished before it was submitted to the durable half.
-//! [`MemDisk::crash`] makes the disk that a power cut would leave: the durable bytes plus any part
-//! of what was not yet synced, finished or not, torn at sectors.
+//! in the volatile half; a sync moves what had finished before it was submitted to the durable
+//! half. [`MemDisk::crash`] makes the disk that a power cut would leave: the durable bytes plus any
+//! part of what was not yet synced, finished or not, torn at sectors.
 
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;

@@ -1,9 +1,10 @@
 //! The only place where bytes move.
 //!
 //! An operation is a value ([`Op`]) with a name for why it is done ([`Purpose`]), and there is one
-//! verb, [`Storage::submit`]. Engines ([`uring`](self), threads, a simulated disk) differ in how they
-//! carry operations out; decorators (bounce buffers, faults) wrap an engine. Above this line nobody
-//! sees a short transfer or an end of file: transfers are resumed, and reads past the end give zeros.
+//! verb, [`Storage::submit`]. Engines ([`uring`](self), threads, a simulated disk) differ in how
+//! they carry operations out; decorators (bounce buffers, faults) wrap an engine. Above this line
+//! nobody sees a short transfer or an end of file: transfers are resumed, and reads past the end
+//! give zeros.
 
 pub mod bounce;
 pub mod buf;

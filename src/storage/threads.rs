@@ -52,8 +52,8 @@ pub(super) struct Answer {
 }
 
 // SAFETY: what is not Send in a job is the addresses in its plan. The memory they point to is held
-// by the operation in its engine's table until the answer has been taken; the engine does not let go
-// of the table before. Until then only the thread that has the job uses the addresses.
+// by the operation in its engine's table until the answer has been taken; the engine does not let
+// go of the table before. Until then only the thread that has the job uses the addresses.
 unsafe impl Send for Job {}
 // SAFETY: as for `Job`; after the answer nobody uses the addresses.
 unsafe impl Send for Answer {}

@@ -59,7 +59,8 @@ checks! {
         CorruptKind::TableSize { table: "L1 table", .. },
     table_unaligned: |it| it.put64(40, 0x3001) =>
         CorruptKind::TableAlignment { table: "L1 table", offset: 0x3001 },
-    table_far_away: |it| it.put64(40, 1 << 56) => CorruptKind::TableAlignment { table: "L1 table", .. },
+    table_far_away: |it| it.put64(40, 1 << 56) =>
+        CorruptKind::TableAlignment { table: "L1 table", .. },
     table_beyond_the_end: |it| it.put64(40, 1 << 40) =>
         CorruptKind::TableBeyondEnd { table: "L1 table", .. },
     table_partly_beyond_the_end: |it| it.put32(36, 4 << 17) =>
