@@ -9,14 +9,14 @@
 //! VMM ── unix socket ── vhost::session ──► worker (one thread: epoll + io_uring + a task set) × N
 //!                                            │ pops a descriptor chain
 //!                                            ▼
-//!                                          blk::request   parse, check      (hostile guest stops here)
+//!                                          blk::request   parse, check  (hostile guest stops here)
 //!                                            ▼
 //!                                          blk::serve     one async function per request
 //!                                            ▼
 //!                                          image          the guest's disk: a chain of layers
 //!                                            ▼
 //!                                          qcow2 | raw    where do these bytes live?
-//!                                            ▼                              (hostile image stops here)
+//!                                            ▼                          (hostile image stops here)
 //!                                          storage        io_uring, threads, or a simulated disk
 //! ```
 //!
@@ -24,8 +24,8 @@
 //!
 //! - [`bytes`], [`error`], [`sync`], [`exec`]: offsets as types, one error type, the locks and
 //!   atomics in use, a fixed set of tasks.
-//! - [`storage`]: an operation is a value, and [`storage::Storage::submit`] the one verb. Everything
-//!   that touches a file goes through it, so a test owns time and failure.
+//! - [`storage`]: an operation is a value, and [`storage::Storage::submit`] the one verb.
+//!   Everything that touches a file goes through it, so a test owns time and failure.
 //! - [`qcow2`], [`raw`]: where a guest's byte lives. `qcow2/ORDERING.md` states which bytes must be
 //!   durable before which others.
 //! - [`image`]: the chain of layers as one disk: read, write, discard, write-zeroes, flush.
@@ -39,15 +39,15 @@
 //!    layer's; a table that is not cached is loaded, and only those who need it wait.
 //! 3. Each run of bytes becomes one [`storage::Op::Read`] with the guest's addresses in it: the
 //!    kernel puts the data where the guest wants it, with no copy on the way.
-//! 4. The completion sets the task's ready bit; the task ends; the worker puts the chain on the used
-//!    ring, and tells the guest once for all that ended in this turn.
+//! 4. The completion sets the task's ready bit; the task ends; the worker puts the chain on the
+//!    used ring, and tells the guest once for all that ended in this turn.
 //!
 //! # A write
 //!
 //! Over bytes that the top layer owns alone, a write is a read with the arrow turned round. Else
 //! [`qcow2::Qcow2::prepare_write`] claims the clusters and finds room, the image writes whole
-//! clusters, and [`qcow2::Qcow2::commit_write`] links them. A flush makes data, refcounts and tables
-//! durable, in that order.
+//! clusters, and [`qcow2::Qcow2::commit_write`] links them. A flush makes data, refcounts and
+//! tables durable, in that order.
 
 pub mod bytes;
 pub mod error;

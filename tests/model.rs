@@ -1,82 +1,313 @@
-//! Random requests against a model of a few obvious lines, on the simulated disk.
+//! Random requests against a model of a few obvious lines, on the simulated disk, for every kind
+//! of image; `qemu-img` judges the result.
 
 use std::path::Path;
 
+use common::check::check;
+use common::images::{IMAGE, Kind, Layout, Made};
+use common::qemu::{Dir, Verdict};
+use common::sectors::{SECTOR, bytes_of};
+use common::seeds::{Repeat, seeds};
+use common::workers::{open, options, read_all};
 use vhost_user_qcow2::bytes::GuestOffset;
-use vhost_user_qcow2::image::{Image, OpenOptions, create};
+use vhost_user_qcow2::image::{Format, Image, OpenOptions, create};
 use vhost_user_qcow2::qcow2::create::CreateOptions;
-use vhost_user_qcow2::storage::mem::MemDisk;
+use vhost_user_qcow2::storage::mem::{MemDisk, MemEngine};
 use vhost_user_qcow2::storage::{Buf, block_on};
 
+/// The disk as the guest knows it.
+struct Model {
+    bytes: Vec<u8>,
+    random: fastrand::Rng,
+}
+
+impl Model {
+    /// One random request, given to both.
+    async fn step(&mut self, engine: &MemEngine, image: &Image, longest: usize) {
+        let sectors = self.bytes.len() / SECTOR;
+        let first = self.random.usize(0..sectors);
+        let count = self.random.usize(1..=longest).min(sectors - first);
+        let (at, len) = (first * SECTOR, count * SECTOR);
+        let guest = GuestOffset(at as u64);
+        let target = &mut self.bytes[at..at + len];
+        match self.random.u8(0..10) {
+            0..=3 => {
+                self.random.fill(target);
+                image.write(engine, guest, Buf::copy_of(target)).await.expect("write");
+            }
+            4 => {
+                target.fill(0);
+                let unmap = self.random.bool();
+                image.write_zeroes(engine, guest, len as u64, unmap).await.expect("zero");
+            }
+            5 => {
+                image.discard(engine, guest, len as u64).await.expect("discard");
+                // Either the old bytes or zeros; what the next read shows is what it is now.
+                let buf = Buf::zeroed(len);
+                image.read(engine, guest, buf.clone()).await.expect("read");
+                for (now, old) in buf.to_vec().chunks(SECTOR).zip(target.chunks_mut(SECTOR)) {
+                    assert!(now == old || now.iter().all(|&byte| byte == 0), "after a discard");
+                    old.copy_from_slice(now);
+                }
+            }
+            6 => image.flush(engine).await.expect("flush"),
+            _ => {
+                let buf = Buf::zeroed(len);
+                image.read(engine, guest, buf.clone()).await.expect("read");
+                assert!(buf.to_vec() == target, "a read of {len} bytes at {at}");
+            }
+        }
+    }
+
+    /// Rounds of open, requests, close.
+    fn rounds(&mut self, disk: &MemDisk, options: &OpenOptions, requests: usize, longest: usize) {
+        for round in 0..3 {
+            let engine = disk.engine(round, self.random.u64(..));
+            block_on(&engine, async {
+                let image = Image::open(&engine, disk, Path::new(IMAGE), options).await;
+                let image = image.expect("open");
+                assert_eq!(image.size(), self.bytes.len() as u64);
+                for _ in 0..requests {
+                    self.step(&engine, &image, longest).await;
+                }
+                image.close(&engine).await.expect("close");
+                let buf = Buf::zeroed(self.bytes.len());
+                image.read(&engine, GuestOffset(0), buf.clone()).await.expect("read");
+                assert!(buf.to_vec() == self.bytes, "the whole disk, round {round}");
+            });
+        }
+    }
+}
+
+/// The image is clean by our checker and by qemu's, and qemu reads the same bytes.
+fn judge(disk: &MemDisk, bytes: &[u8]) -> Dir {
+    let report = disk.look(IMAGE, check).expect("the image");
+    assert!(report.is_clean(), "{report:?}");
+    let dir = Dir::of(disk);
+    let (verdict, printed) = dir.check(IMAGE);
+    assert_eq!(verdict, Verdict::Clean, "{printed}");
+    assert!(dir.guest_bytes(IMAGE) == bytes, "qemu-img reads other bytes");
+    dir
+}
+
+/// Files that must not change: everything but the image and its data file.
+fn assert_base_is_unchanged(made: &Made, disk: &MemDisk) {
+    for (name, before) in &made.files {
+        let own = name == Path::new(IMAGE) || name == Path::new("guest.data");
+        let same = disk.look(name, |now| now == before).expect("the file");
+        assert!(own || same, "{} has changed", name.display());
+    }
+}
+
+fn run(test: &str, layout: Layout, count: u64) {
+    for seed in seeds(count) {
+        let _repeat = Repeat::new("model", test, seed);
+        let made = layout.make(seed);
+        let disk = made.disk();
+        let random = fastrand::Rng::with_seed(seed);
+        let mut model = Model { bytes: bytes_of(0, &made.tags), random };
+        model.rounds(&disk, &options(seed % 2 == 1), 150, 256);
+        let dir = judge(&disk, &model.bytes);
+        assert_base_is_unchanged(&made, &disk);
+        if layout.kind == (Kind::DataFile { raw: true }) {
+            assert!(dir.read("guest.data") == model.bytes, "the data file is no raw image");
+        }
+        for (name, tags) in &made.snapshots {
+            let old = bytes_of(0, tags);
+            assert!(dir.snapshot_bytes(IMAGE, name) == old, "snapshot {name} has changed");
+            dir.img(&["snapshot", "-a", name, IMAGE]);
+            assert!(dir.guest_bytes(IMAGE) == old, "snapshot {name} applied");
+            let (verdict, printed) = dir.check(IMAGE);
+            assert_eq!(verdict, Verdict::Clean, "snapshot {name} applied: {printed}");
+        }
+    }
+}
+
+macro_rules! layouts {
+    ($($name:ident: $count:literal, $layout:expr;)*) => {
+        $(#[test]
+        fn $name() {
+            run(stringify!($name), $layout, $count);
+        })*
+    };
+}
+
+layouts! {
+    chain: 6, Layout::new(16, 6000, Kind::Chain);
+    chain_with_clusters_of_512: 6, Layout::new(9, 6000, Kind::Chain);
+    over_a_shorter_raw_file: 6, Layout::new(12, 6000, Kind::OverRaw(2345));
+    over_a_longer_raw_file: 4, Layout::new(16, 6000, Kind::OverRaw(7777));
+    over_zlib: 4, Layout::new(12, 6000, Kind::OverCompressed("zlib"));
+    over_zstd: 4, Layout::new(16, 6000, Kind::OverCompressed("zstd"));
+    zlib: 4, Layout::new(16, 6000, Kind::Compressed("zlib"));
+    zlib_with_clusters_of_512: 4, Layout::new(9, 6000, Kind::Compressed("zlib"));
+    zstd: 4, Layout::new(13, 6000, Kind::Compressed("zstd"));
+    version_2: 4, Layout::new(16, 6000, Kind::Plain).version_2();
+    version_2_chain: 6, Layout::new(12, 6000, Kind::Chain).version_2();
+    version_2_compressed: 4, Layout::new(12, 6000, Kind::Compressed("zlib")).version_2();
+    version_2_snapshots: 4, Layout::new(12, 6000, Kind::Snapshots).version_2();
+    data_file: 4, Layout::new(16, 6000, Kind::DataFile { raw: false });
+    raw_data_file: 4, Layout::new(12, 6000, Kind::DataFile { raw: true });
+    snapshots: 6, Layout::new(16, 6000, Kind::Snapshots);
+    snapshots_with_clusters_of_512: 6, Layout::new(9, 6000, Kind::Snapshots);
+    snapshots_with_wide_counts: 4, Layout::new(12, 6000, Kind::Snapshots).with_refcount_bits(64);
+    snapshots_with_counts_of_four_bits: 4,
+        Layout::new(12, 6000, Kind::Snapshots).with_refcount_bits(4);
+    preallocated_metadata: 4, Layout::new(12, 6000, Kind::Preallocated("metadata"));
+    preallocated_with_falloc: 4, Layout::new(16, 6000, Kind::Preallocated("falloc"));
+    preallocated_with_full: 4, Layout::new(16, 6000, Kind::Preallocated("full"));
+    // Most sectors written, each to a new place again and again: the file and its refcount table
+    // grow several times.
+    a_growing_refcount_table: 4, Layout::new(9, 12_000, Kind::Empty).with_refcount_bits(64);
+    more_tables_than_the_cache_holds: 4, Layout::new(9, 40_000, Kind::Empty);
+}
+
 #[test]
-fn random_requests_read_back_what_was_written() {
-    for seed in 0..20 {
+fn images_of_our_own_making() {
+    for seed in seeds(10) {
+        let _repeat = Repeat::new("model", "images_of_our_own_making", seed);
         for cluster_bits in [9, 12, 16, 21] {
             for refcount_order in [0, 4, 6] {
-                run(seed, cluster_bits, refcount_order);
+                own(seed, 3 << 20, cluster_bits, refcount_order, 200);
             }
         }
     }
 }
 
-fn run(seed: u64, cluster_bits: u32, refcount_order: u32) {
-    let size: usize = 3 << 20;
+#[test]
+fn disks_of_any_size() {
+    for seed in seeds(4) {
+        let _repeat = Repeat::new("model", "disks_of_any_size", seed);
+        for size in [1, 511, 513, 4096, 65_535, 65_537, 1_000_000, (1 << 20) + 512] {
+            for cluster_bits in [9, 12, 16] {
+                own(seed, size, cluster_bits, 4, 60);
+            }
+        }
+    }
+}
+
+/// An image made by our own code.
+fn own(seed: u64, size: u64, cluster_bits: u32, refcount_order: u32, requests: usize) {
     let disk = MemDisk::new();
     let engine = disk.engine(0, seed);
-    let mut random = fastrand::Rng::with_seed(seed);
-    let options = CreateOptions { cluster_bits, refcount_order, ..CreateOptions::new(size as u64) };
-    let path = Path::new("disk.qcow2");
-    let what = format!("seed {seed} cluster_bits {cluster_bits} order {refcount_order}");
-    block_on(&engine, async {
-        create(&engine, &disk, path, &options).await.expect("create");
-        let mut model = vec![0_u8; size];
-        for round in 0..3 {
-            let options = OpenOptions::default();
-            let image = Image::open(&engine, &disk, path, &options).await.expect("open");
-            for step in 0..200 {
-                let at = random.usize(0..size / 512) * 512;
-                let len = (random.usize(1..=256) * 512).min(size - at);
-                let guest = GuestOffset(at as u64);
-                match random.u8(0..10) {
-                    0..=3 => {
-                        let byte = random.u8(..);
-                        model[at..at + len].fill(byte);
-                        let buf = Buf::copy_of(&vec![byte; len]);
-                        image.write(&engine, guest, buf).await.expect("write");
-                    }
-                    4 => {
-                        model[at..at + len].fill(0);
-                        let unmap = random.bool();
-                        let zero = image.write_zeroes(&engine, guest, len as u64, unmap);
-                        zero.await.expect("zero");
-                    }
-                    5 => {
-                        image.discard(&engine, guest, len as u64).await.expect("discard");
-                        let buf = Buf::zeroed(len);
-                        image.read(&engine, guest, buf.clone()).await.expect("read");
-                        let now = buf.to_vec();
-                        for (sector, old) in now.chunks(512).zip(model[at..].chunks_mut(512)) {
-                            assert!(sector == old || sector.iter().all(|&byte| byte == 0));
-                            old.copy_from_slice(sector);
-                        }
-                    }
-                    6 => image.flush(&engine).await.expect("flush"),
-                    _ => {
-                        let buf = Buf::zeroed(len);
-                        image.read(&engine, guest, buf.clone()).await.expect("read");
-                        assert!(buf.to_vec() == model[at..at + len], "{what} {round} {step}");
-                    }
-                }
-            }
-            image.close(&engine).await.expect("close");
-        }
-    });
+    let layout = CreateOptions { size, cluster_bits, refcount_order };
+    let made = create(&engine, &disk, Path::new(IMAGE), &layout);
+    block_on(&engine, made).expect("create");
+    let report = disk.look(IMAGE, check).expect("the image");
+    assert!(report.is_clean(), "a new image of {size} bytes: {report:?}");
+    let length = usize::try_from(size).expect("small").next_multiple_of(SECTOR);
+    let mut model = Model { bytes: vec![0; length], random: fastrand::Rng::with_seed(seed) };
+    model.rounds(&disk, &options(seed % 2 == 1), requests, 256);
     if seed < 2 {
-        let dir = tempfile::tempdir().expect("tempdir");
-        let file = dir.path().join("disk.qcow2");
-        std::fs::write(&file, disk.content_of("disk.qcow2").expect("file")).expect("write");
-        let check = std::process::Command::new("qemu-img").arg("check").arg(&file).output();
-        let check = check.expect("qemu-img");
-        assert!(check.status.success(), "{what}: {}", String::from_utf8_lossy(&check.stdout));
+        let dir = Dir::of(&disk);
+        let (verdict, printed) = dir.check(IMAGE);
+        assert_eq!(verdict, Verdict::Clean, "{printed}");
+        let bytes = dir.guest_bytes(IMAGE);
+        let common = bytes.len().min(length);
+        assert!(bytes[..common] == model.bytes[..common], "qemu-img reads other bytes");
     }
+}
+
+#[test]
+fn raw_files_of_any_size() {
+    for seed in seeds(4) {
+        let _repeat = Repeat::new("model", "raw_files_of_any_size", seed);
+        for size in [1, 511, 512, 1000, 65_537, 1_000_000] {
+            let mut random = fastrand::Rng::with_seed(seed);
+            let mut bytes = vec![0; size];
+            random.fill(&mut bytes);
+            let disk = MemDisk::new();
+            let file = disk.add(IMAGE, bytes.clone());
+            bytes.resize(size.next_multiple_of(SECTOR), 0);
+            let mut model = Model { bytes, random };
+            let options = OpenOptions { format: Some(Format::Raw), ..OpenOptions::default() };
+            model.rounds(&disk, &options, 100, 64);
+            let mut content = disk.content(file);
+            content.resize(model.bytes.len(), 0);
+            assert!(content == model.bytes, "the file is not the disk");
+        }
+    }
+}
+
+#[test]
+fn leaks_of_others_stay_and_holes_are_used() {
+    for seed in seeds(6) {
+        let _repeat = Repeat::new("model", "leaks_of_others_stay_and_holes_are_used", seed);
+        let mut made = Layout::new(12, 2000, Kind::Plain).make(seed);
+        made.leak(30);
+        let hole = 200 << 12;
+        let before = made.image().len();
+        made.image().resize(before + hole, 0);
+        let disk = made.disk();
+        let random = fastrand::Rng::with_seed(seed);
+        let mut model = Model { bytes: bytes_of(0, &made.tags), random };
+        model.rounds(&disk, &options(false), 150, 64);
+        let (report, length) =
+            disk.look(IMAGE, |bytes| (check(bytes), bytes.len())).expect("the image");
+        assert!(report.corruptions.is_empty(), "{report:?}");
+        assert_eq!(report.all_leaks(), 30, "the leaks that were there, and no others");
+        assert!(length <= before + hole, "the file grew although it had holes");
+        assert!(Dir::of(&disk).guest_bytes(IMAGE) == model.bytes, "qemu-img reads other bytes");
+    }
+}
+
+#[test]
+fn the_refcount_table_has_grown() {
+    let made = Layout::new(9, 12_000, Kind::Empty).with_refcount_bits(64).make(0);
+    let disk = made.disk();
+    let clusters = |disk: &MemDisk| disk.look(IMAGE, |bytes| bytes[59]).expect("the image");
+    let before = clusters(&disk);
+    let engine = disk.engine(0, 0);
+    let image = open(&engine, &disk, true).expect("open");
+    let bytes: Vec<u8> = (0..12_000 * SECTOR).map(|at| (at / 511 % 251) as u8).collect();
+    for (piece, bytes) in bytes.chunks(100 * SECTOR).enumerate() {
+        let at = GuestOffset((piece * 100 * SECTOR) as u64);
+        block_on(&engine, image.write(&engine, at, Buf::copy_of(bytes))).expect("write");
+    }
+    block_on(&engine, image.close(&engine)).expect("close");
+    assert!(clusters(&disk) > before, "{before} clusters of the table were enough");
+    judge(&disk, &bytes);
+}
+
+#[test]
+fn a_read_only_image_reads_and_is_never_written_to() {
+    for kind in [Kind::Plain, Kind::Chain, Kind::Snapshots, Kind::DataFile { raw: true }] {
+        let made = Layout::new(12, 800, kind).make(3);
+        let disk = made.disk();
+        let engine = disk.engine(0, 0);
+        let options = OpenOptions { read_only: true, ..OpenOptions::default() };
+        let image = Image::open(&engine, &disk, Path::new(IMAGE), &options);
+        let image = block_on(&engine, image).expect("open");
+        assert!(image.is_read_only());
+        assert!(read_all(&engine, &image).expect("read") == bytes_of(0, &made.tags));
+        let at = GuestOffset(0);
+        block_on(&engine, async {
+            image.write(&engine, at, Buf::zeroed(512)).await.expect_err("write");
+            image.write_zeroes(&engine, at, 4096, true).await.expect_err("zero");
+            image.discard(&engine, at, 4096).await.expect_err("discard");
+            image.flush(&engine).await.expect("a flush has nothing to do");
+            image.close(&engine).await.expect("close");
+        });
+        assert_eq!(disk.files(), made.files, "a file has changed");
+    }
+}
+
+#[test]
+fn requests_beyond_the_end_are_refused_whole() {
+    let made = Layout::new(12, 800, Kind::Plain).make(4);
+    let disk = made.disk();
+    let engine = disk.engine(0, 0);
+    let image = open(&engine, &disk, false).expect("open");
+    let size = image.size();
+    for (at, len) in [(size, 512), (size - 512, 1024), (u64::MAX - 511, 512), (1 << 63, 512)] {
+        let (guest, buf) = (GuestOffset(at), Buf::copy_of(&vec![9; len]));
+        block_on(&engine, async {
+            image.read(&engine, guest, buf.clone()).await.expect_err("read");
+            image.write(&engine, guest, buf).await.expect_err("write");
+            image.write_zeroes(&engine, guest, len as u64, true).await.expect_err("zero");
+            image.discard(&engine, guest, len as u64).await.expect_err("discard");
+        });
+    }
+    block_on(&engine, image.discard(&engine, GuestOffset(512), u64::MAX)).expect_err("wraps");
+    assert!(read_all(&engine, &image).expect("read") == bytes_of(0, &made.tags));
 }

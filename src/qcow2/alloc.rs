@@ -42,6 +42,21 @@ struct Pool {
     scan_end: u64,
 }
 
+impl Pool {
+    fn insert_free(&mut self, mut first: u64, mut count: u64) {
+        if let Some((&before, &length)) = self.free.range(..first).next_back()
+            && before + length == first
+        {
+            self.free.remove(&before);
+            (first, count) = (before, count + length);
+        }
+        if let Some(length) = self.free.remove(&(first + count)) {
+            count += length;
+        }
+        self.free.insert(first, count);
+    }
+}
+
 /// The state of allocation of one image.
 #[derive(Debug)]
 pub(super) struct Allocator {
@@ -98,32 +113,17 @@ impl Allocator {
         Some(Run::new(first, taken))
     }
 
-    /// Adds clusters whose refcount has become zero; the caller keeps others from looking for
-    /// clusters meanwhile. Those that the search for holes, or the end of the file, will come to
-    /// anyway are left to it: nothing may be found twice.
+    /// Adds clusters whose refcount is zero; the caller keeps others from looking for clusters
+    /// meanwhile. Those that the search for holes, or the end of the file, will come to anyway are
+    /// left to it: nothing may be found twice.
     fn put_free(&self, run: Run) {
         let mut pool = lock(&self.pool);
-        let will_be_found = pool.scan..pool.scan_end;
-        let (mut first, mut count) = (run.first.0, run.count);
-        while count > 0 && will_be_found.contains(&(first + count - 1)) {
-            count -= 1;
+        let searched = pool.scan..pool.scan.max(pool.scan_end);
+        let before = run.first.0..run.end().min(searched.start);
+        let after = run.first.0.max(searched.end)..run.end().min(self.frontier());
+        for part in [before, after].into_iter().filter(|part| !part.is_empty()) {
+            pool.insert_free(part.start, part.end - part.start);
         }
-        while count > 0 && will_be_found.contains(&first) {
-            (first, count) = (first + 1, count - 1);
-        }
-        if count == 0 || first + count > self.frontier() {
-            return;
-        }
-        if let Some((&before, &length)) = pool.free.range(..first).next_back()
-            && before + length == first
-        {
-            pool.free.remove(&before);
-            (first, count) = (before, count + length);
-        }
-        if let Some(length) = pool.free.remove(&(first + count)) {
-            count += length;
-        }
-        pool.free.insert(first, count);
     }
 
     fn is_fresh(&self, run: Run) -> bool {
@@ -178,9 +178,19 @@ impl Qcow2 {
             self.poison(&error);
             return Err(error);
         }
-        self.cover(st, run).await?;
+        self.cover_or_give_back(st, run).await?;
         self.refcounts.adjust(st, run, true).await?;
         Ok(Allocation { run, fresh })
+    }
+
+    /// Makes sure that every cluster of `run`, which is not counted yet, has a refcount block;
+    /// else the run is free again, or each failure would push the end of the file further away.
+    async fn cover_or_give_back(&self, st: &dyn Storage, run: Run) -> Result<()> {
+        let covered = self.cover(st, run).await;
+        if covered.is_err() {
+            self.allocator.put_free(run);
+        }
+        covered
     }
 
     /// Takes up to `want` clusters with refcount zero from the end of the file.
@@ -196,11 +206,15 @@ impl Qcow2 {
         }
     }
 
-    /// Makes sure that every cluster of `run` has a refcount block.
+    /// Makes sure that every cluster of `run` has a refcount block, and each block an entry in the
+    /// refcount table or in the one that the next flush moves to.
     async fn cover(&self, st: &dyn Storage, run: Run) -> Result<()> {
         let first = self.refcounts.block_index(run.first);
         let last = self.refcounts.block_index(HostCluster(run.end() - 1));
         for index in first..=last {
+            if self.refcounts.lacks_room(index) {
+                Box::pin(self.grow_table(st, index)).await?;
+            }
             if self.refcounts.block_at(index)?.is_none() {
                 self.make_block(st, index).await?;
             }
@@ -211,22 +225,23 @@ impl Qcow2 {
     /// Makes the refcount block `index`, at the end of the file, and first the one that counts it
     /// if that is another one that is missing.
     async fn make_block(&self, st: &dyn Storage, index: usize) -> Result<()> {
-        if index >= self.refcounts.table_entries() {
-            Box::pin(self.grow_table(st, index)).await?;
-            if self.refcounts.block_at(index)?.is_some() {
-                return Ok(());
-            }
-        }
         let run = self.advance_frontier(st, 1).await?;
-        let own = self.refcounts.block_index(run.first);
-        if own != index && self.refcounts.block_at(own)?.is_none() {
-            Box::pin(self.make_block(st, own)).await?;
+        if self.refcounts.block_index(run.first) != index {
+            if let Err(error) = Box::pin(self.cover(st, run)).await {
+                self.allocator.put_free(run);
+                return Err(error);
+            }
             if self.refcounts.block_at(index)?.is_some() {
+                self.allocator.put_free(run);
                 return Ok(());
             }
         }
         let at = self.geometry.host_start(run.first);
-        self.zero_metadata(st, Purpose::RefblockInit, at, self.geometry.cluster_size()).await?;
+        let made = self.zero_metadata(st, Purpose::RefblockInit, at, self.geometry.cluster_size());
+        if let Err(error) = made.await {
+            self.allocator.put_free(run);
+            return Err(error);
+        }
         self.refcounts.set_block(index, at);
         if let Err(error) = self.refcounts.adjust(st, run, true).await {
             self.refcounts.set_block(index, HostOffset(0));
@@ -243,8 +258,7 @@ impl Qcow2 {
         let cluster = self.geometry.cluster_size();
         let per_cluster = cluster / 8;
         // Room for half as much again, and for the blocks that count the new table itself.
-        let wanted = (index as u64 + 2).max(self.refcounts.table_entries() as u64 * 3 / 2);
-        let clusters = wanted.div_ceil(per_cluster) + 1;
+        let clusters = self.refcounts.wanted_entries(index).div_ceil(per_cluster) + 1;
         if clusters * cluster > REFTABLE_LIMIT {
             let why = "the file has grown as far as its cluster size allows; \
                        convert the image to larger clusters";
@@ -252,12 +266,20 @@ impl Qcow2 {
         }
         let run = self.contiguous_at_frontier(st, clusters).await?;
         let entries = usize::try_from(clusters * per_cluster).expect("below the limit");
-        self.refcounts.extend_table(entries);
-        self.cover(st, run).await?;
+        let before = self.refcounts.start_growing(entries);
+        let covered = self.cover_or_give_back(st, run).await;
+        self.refcounts.stop_growing(before);
+        covered?;
         self.refcounts.adjust(st, run, true).await?;
         let at = self.geometry.host_start(run.first);
         self.regions.add(at, clusters * cluster);
-        if let Some((unused, entries)) = self.refcounts.set_next_table(at) {
+        // Covering the table may have needed a larger one.
+        let unused = if self.refcounts.lacks_room(entries - 1) {
+            self.refcounts.set_next_table(at, entries)
+        } else {
+            Some((at, entries))
+        };
+        if let Some((unused, entries)) = unused {
             let first = self.geometry.host_cluster(unused);
             let count = (entries as u64).div_ceil(per_cluster);
             self.limbo.never_linked(Run { first, count }, self.epochs.now());
@@ -322,5 +344,25 @@ impl Qcow2 {
             self.allocator.put_free(hole);
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_the_search_will_come_to_is_not_free_twice() {
+        let allocator = Allocator::new(10 << 16, 16, true);
+        lock(&allocator.pool).scan = 5;
+        allocator.frontier.store(15, Ordering::Release);
+        allocator.put_free(Run::new(1, 20));
+        let free = std::mem::take(&mut lock(&allocator.pool).free);
+        assert_eq!(free.into_iter().collect::<Vec<_>>(), [(1, 4), (10, 5)]);
+        lock(&allocator.pool).scan = 10;
+        allocator.put_free(Run::new(8, 4));
+        allocator.put_free(Run::new(7, 1));
+        let free = std::mem::take(&mut lock(&allocator.pool).free);
+        assert_eq!(free.into_iter().collect::<Vec<_>>(), [(7, 5)]);
     }
 }

@@ -181,8 +181,13 @@ impl Qcow2 {
     async fn write_reftable(&self, st: &dyn Storage, work: ReftableWork) -> Result<()> {
         match work {
             ReftableWork::Sectors(sectors) => {
-                self.write_all(st, Purpose::ReftableWrite, &sectors).await?;
-                self.sync(st, self.file, Purpose::SyncReftable).await
+                // A new block is counted by itself or by one with a higher number, which must be
+                // reachable first: a power cut may keep any of several sectors.
+                for sector in sectors.into_iter().rev() {
+                    self.write_all(st, Purpose::ReftableWrite, &[sector]).await?;
+                    self.sync(st, self.file, Purpose::SyncReftable).await?;
+                }
+                Ok(())
             }
             ReftableWork::Move { at, bytes, old } => {
                 let clusters = bytes.len() as u64 >> self.geometry.cluster_bits;

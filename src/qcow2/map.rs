@@ -101,9 +101,25 @@ impl Qcow2 {
 
     fn parse(&self, words: &[AtomicU64], window: &Window, step: usize) -> Result<Cluster> {
         let entry = u64::from_be(words[window.slot + step].load(Ordering::Relaxed));
-        let guest = self.geometry.guest_start(GuestCluster(window.first.0 + step as u64));
-        let parsed = self.geometry.rules.parse(entry, guest);
-        parsed.map_err(|kind| Error::corrupt("L2 table", kind))
+        self.cluster(entry, GuestCluster(window.first.0 + step as u64))
+    }
+
+    /// What the L2 entry of a guest cluster says.
+    ///
+    /// # Errors
+    /// `Corrupt` when it contradicts the format, or leads behind the end of the file: an entry is
+    /// written only after its cluster.
+    pub(super) fn cluster(&self, entry: u64, cluster: GuestCluster) -> Result<Cluster> {
+        let guest = self.geometry.guest_start(cluster);
+        let corrupt = |kind| Error::corrupt("L2 table", kind);
+        let parsed = self.geometry.rules.parse(entry, guest).map_err(corrupt)?;
+        if let Cluster::Data { at, .. } | Cluster::ZeroAllocated { at, .. } = parsed
+            && !self.has_data_file()
+            && self.geometry.host_cluster(at).0 >= self.allocator.frontier()
+        {
+            return Err(corrupt(CorruptKind::L2Entry { guest: guest.0, entry }));
+        }
+        Ok(parsed)
     }
 
     /// The L1 entry that maps `cluster`, and the table's place.

@@ -1,10 +1,10 @@
 //! qcow2 images: where the guest's bytes live.
 //!
-//! In reading order: [`mod@format`] and [`geometry`] hold the numbers, [`header`] and `open` turn a file
-//! into a [`Qcow2`], `table` caches tables, `map` looks entries up, `refcount` and `alloc` find room,
-//! `claims` keeps writers of one cluster apart, `write` and `discard` change entries, `flush` makes
-//! changes durable in the order that `ORDERING.md` states, `limbo` and `epoch` decide when a freed
-//! cluster may be used again.
+//! In reading order: [`mod@format`] and [`geometry`] hold the numbers, [`header`] and `open` turn a
+//! file into a [`Qcow2`], `table` caches tables, `map` looks entries up, `refcount` and `alloc`
+//! find room, `claims` keeps writers of one cluster apart, `write` and `discard` change entries,
+//! `flush` makes changes durable in the order that `ORDERING.md` states, `limbo` and `epoch` decide
+//! when a freed cluster may be used again.
 //!
 //! A method without a [`Storage`](crate::storage::Storage) argument cannot do I/O and cannot wait.
 
@@ -172,7 +172,8 @@ impl Qcow2 {
     /// Remembers the first failure that makes what is durable unknown.
     fn poison(&self, error: &Error) {
         if self.poison.set(error.to_string().into()).is_ok() {
-            tracing::error!(%error, "the image takes no more writes; restart after fixing the cause");
+            let what = "the image takes no more writes; restart after fixing the cause";
+            tracing::error!(%error, "{what}");
         }
     }
 

@@ -179,18 +179,26 @@ impl Qcow2 {
     }
 
     /// Guards refcount blocks and L2 tables against guest data, and refuses an image in which one
-    /// of them lies over other metadata. Entries that lie outside the file fail when they are used.
+    /// of them lies over other metadata, or outside the file: the file would grow up to it, and the
+    /// guest's own bytes would be the table.
     fn guard_tables(&self, end: u64) -> Result<(), CorruptKind> {
         let cluster = self.geometry.cluster_size();
         let l1 = self.l1.iter().map(|entry| entry.load(crate::sync::Ordering::Relaxed));
         let l2 = l1.map(|entry| ("L2 table", HostOffset(entry & OFFSET_MASK)));
         let blocks = self.refcounts.blocks().into_iter().map(|at| ("refcount block", at));
         for (table, at) in blocks.chain(l2) {
-            if at.0 == 0 || at.within(cluster) != 0 || at.0 >= end {
+            let offset = at.0;
+            if offset == 0 {
                 continue;
             }
+            if at.within(cluster) != 0 {
+                return Err(CorruptKind::TableAlignment { table, offset });
+            }
+            if offset >= end {
+                return Err(CorruptKind::TableBeyondEnd { table, offset, file_len: end });
+            }
             if self.regions.contains(at, cluster) {
-                return Err(CorruptKind::TableOverlap { table, offset: at.0 });
+                return Err(CorruptKind::TableOverlap { table, offset });
             }
             self.regions.add(at, cluster);
         }

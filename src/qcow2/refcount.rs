@@ -44,8 +44,17 @@ struct Reftable {
     settled: Vec<u64>,
     /// Sectors of `settled` that differ from the file.
     dirty: BTreeSet<usize>,
-    /// The table's next place, once that is counted.
+    /// The table's next place and its entries, once that is counted.
     next: Option<(HostOffset, usize)>,
+    /// The clusters of a larger table are being counted: entries up to here are as good as there.
+    growing: usize,
+}
+
+impl Reftable {
+    /// How many entries there are places for in the file, or will be after the next flush.
+    fn room(&self) -> usize {
+        self.next.map_or(self.capacity, |(_, entries)| entries)
+    }
 }
 
 /// What a flush must write of the refcount table.
@@ -87,6 +96,7 @@ impl Refcounts {
             live: entries,
             dirty: BTreeSet::new(),
             next: None,
+            growing: 0,
         };
         let cache = TableCache::new(geometry.slice_size(), budget);
         Self { file, geometry, table: Mutex::new(table), cache }
@@ -102,9 +112,17 @@ impl Refcounts {
         usize::try_from(cluster.0 >> self.geometry.refblock_bits()).unwrap_or(usize::MAX)
     }
 
-    /// How many clusters the blocks that the table has room for can count.
-    pub(super) fn table_entries(&self) -> usize {
-        lock(&self.table).live.len()
+    /// Whether the table must grow before block `index` can be used.
+    pub(super) fn lacks_room(&self, index: usize) -> bool {
+        let table = lock(&self.table);
+        index >= table.room().max(table.growing)
+    }
+
+    /// How many entries a table has that grows to hold block `index`: all that are known, and room
+    /// for half as much again.
+    pub(super) fn wanted_entries(&self, index: usize) -> u64 {
+        let table = lock(&self.table);
+        (index + 2).max(table.room() * 3 / 2).max(table.live.len()) as u64
     }
 
     /// Where a refcount block is, if there is one.
@@ -288,22 +306,31 @@ impl Refcounts {
         Ok((found, found.map_or(at, |run| run.end())))
     }
 
-    /// Makes room for `entries` entries in memory; they can be written once
-    /// [`Refcounts::set_next_table`] said where.
-    pub(super) fn extend_table(&self, entries: usize) {
+    /// Makes room for `entries` entries in memory while the clusters of the table that will hold
+    /// them are counted; returns what [`Refcounts::stop_growing`] takes.
+    pub(super) fn start_growing(&self, entries: usize) -> usize {
         let mut table = lock(&self.table);
         if table.live.len() < entries {
             table.live.resize(entries, 0);
             table.settled.resize(entries, 0);
         }
+        std::mem::replace(&mut table.growing, entries)
+    }
+
+    /// Says that the clusters were counted, or could not be: then blocks that were made meanwhile
+    /// have no entry in the file until the table grows another time.
+    pub(super) fn stop_growing(&self, before: usize) {
+        lock(&self.table).growing = before;
     }
 
     /// Says that the table shall be written at a new place, whose clusters are counted. Returns
     /// a place chosen before that no header ever named.
-    pub(super) fn set_next_table(&self, at: HostOffset) -> Option<(HostOffset, usize)> {
-        let mut table = lock(&self.table);
-        let entries = table.live.len();
-        table.next.replace((at, entries))
+    pub(super) fn set_next_table(
+        &self,
+        at: HostOffset,
+        entries: usize,
+    ) -> Option<(HostOffset, usize)> {
+        lock(&self.table).next.replace((at, entries))
     }
 
     /// Sets where a block is, in memory only; 0 takes it back.
@@ -327,8 +354,9 @@ impl Refcounts {
             let old_clusters = (table.capacity as u64 * 8).div_ceil(self.geometry.cluster_size());
             let old = (table.at, old_clusters);
             (table.at, table.capacity) = (at, capacity);
-            table.dirty.clear();
-            return Some(ReftableWork::Move { at, bytes: bytes(&table.settled), old });
+            table.dirty = table.dirty.split_off(&capacity.div_ceil(SECTOR_ENTRIES));
+            let bytes = bytes(&table.settled[..capacity]);
+            return Some(ReftableWork::Move { at, bytes, old });
         }
         let within = table.capacity.div_ceil(SECTOR_ENTRIES);
         let later = table.dirty.split_off(&within);

@@ -204,17 +204,35 @@ impl Qcow2 {
         let parse = |words: &[AtomicU64]| {
             let steps = (0..count).zip(&words[slot..]);
             let parse = |(step, word): (u64, &AtomicU64)| {
-                let guest = self.geometry.guest_start(GuestCluster(first.0 + step));
-                self.geometry.rules.parse(u64::from_be(word.load(Ordering::Relaxed)), guest)
+                let entry = u64::from_be(word.load(Ordering::Relaxed));
+                self.cluster(entry, GuestCluster(first.0 + step))
             };
             steps.map(parse).collect::<Result<SmallVec<[Cluster; 16]>, _>>()
         };
         loop {
             if let Some(clusters) = self.l2.peek(slice, parse) {
-                return clusters.map_err(|kind| Error::corrupt("L2 table", kind));
+                let clusters = clusters?;
+                self.check_references(&clusters)?;
+                return Ok(clusters);
             }
             self.load_slice(st, first).await?;
         }
+    }
+
+    /// Refuses to change entries that refer to metadata: the guest would lower a table's refcount,
+    /// and then write its own bytes where the table, or the header, was.
+    fn check_references(&self, clusters: &[Cluster]) -> Result<()> {
+        for cluster in clusters {
+            let (at, len) = match *cluster {
+                Cluster::Data { at, .. } | Cluster::ZeroAllocated { at, .. } => {
+                    (at, self.geometry.cluster_size())
+                }
+                Cluster::Compressed(place) => (place.at, place.bytes),
+                Cluster::Unallocated | Cluster::ZeroPlain => continue,
+            };
+            self.check_overlap(self.data, at, len)?;
+        }
+        Ok(())
     }
 
     /// Makes sure that the L2 table that maps `cluster` exists and belongs to the active disk

@@ -2,8 +2,8 @@
 //! Buffers as lists of address ranges with a handle on the memory they lie in.
 //!
 //! A [`Buf`] is cheap to clone and to cut, whether its memory is the guest's or ours. Its bytes are
-//! like a guest's memory: somebody else (the guest, the kernel) may change them at any time, so they
-//! are only ever copied in and out, never borrowed.
+//! like a guest's memory: somebody else (the guest, the kernel) may change them at any time, so
+//! they are only ever copied in and out, never borrowed.
 
 use std::any::Any;
 use std::cell::UnsafeCell;

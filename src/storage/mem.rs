@@ -1,16 +1,16 @@
 //! A simulated host: files in memory with a volatile and a durable half.
 //!
 //! Operations finish in an order drawn from a seed, each as late as the test lets it. A write lands
-//! in the volatile half; a sync moves what had finished before it was submitted to the durable half.
-//! [`MemDisk::crash`] makes the disk that a power cut would leave: the durable bytes plus any part
-//! of what was not yet synced, finished or not, torn at sectors.
+//! in the volatile half; a sync moves what had finished before it was submitted to the durable
+//! half. [`MemDisk::crash`] makes the disk that a power cut would leave: the durable bytes plus any
+//! part of what was not yet synced, finished or not, torn at sectors.
 
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::fmt;
 use std::io;
 use std::os::fd::RawFd;
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 use std::rc::Rc;
 
 use super::ops::{OpTable, Pending};
@@ -20,6 +20,8 @@ use crate::error::{Error, Result};
 
 /// What a power cut may tear a write at, in bytes.
 pub const SECTOR: usize = 512;
+/// The longest file that the simulated host takes, in bytes; more fails with `EFBIG`.
+pub const LONGEST: u64 = 1 << 28;
 
 /// One thing that happened to the disk, in order; traces of these are what ordering tests read.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -36,6 +38,23 @@ pub struct Event {
     pub len: u64,
     /// Tells operations apart; the same at submission and end.
     pub serial: u64,
+    /// What it does to the file.
+    pub effect: Effect,
+}
+
+/// What an operation does to a file, as a trace tells it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Effect {
+    /// Nothing: it reads.
+    None,
+    /// It writes these bytes; they are in the trace once, at submission.
+    Write(Vec<u8>),
+    /// It makes a range read as zeros.
+    Zeros,
+    /// It sets the file's length.
+    Length,
+    /// It makes what was finished before durable.
+    Sync,
 }
 
 /// The two moments of an operation.
@@ -161,8 +180,21 @@ impl MemDisk {
     /// The content of the file of that name.
     pub fn content_of(&self, name: impl AsRef<Path>) -> Option<Vec<u8>> {
         let disk = self.0.borrow();
-        let file = disk.files.iter().find(|file| file.name == name.as_ref())?;
+        let file = disk.find(name.as_ref()).map(|number| &disk.files[number])?;
         Some(file.volatile.clone())
+    }
+
+    /// All files by name, with what a reader on this host sees.
+    pub fn files(&self) -> Vec<(PathBuf, Vec<u8>)> {
+        let disk = self.0.borrow();
+        disk.files.iter().map(|file| (file.name.clone(), file.volatile.clone())).collect()
+    }
+
+    /// Runs `look` on what a reader on this host sees of the file of that name.
+    pub fn look<R>(&self, name: impl AsRef<Path>, look: impl FnOnce(&[u8]) -> R) -> Option<R> {
+        let disk = self.0.borrow();
+        let file = disk.find(name.as_ref()).map(|number| &disk.files[number])?;
+        Some(look(&file.volatile))
     }
 
     /// One worker's way to the files; operations finish in an order drawn from `seed`.
@@ -285,10 +317,25 @@ fn index(file: FileId) -> usize {
     usize::try_from(file.0).expect("a file number")
 }
 
+/// The simulated host has no links, and its programs run in its root directory.
+fn absolute(path: &Path) -> PathBuf {
+    let mut whole = PathBuf::from("/");
+    for part in path.components() {
+        match part {
+            Component::ParentDir => {
+                whole.pop();
+            }
+            Component::CurDir => {}
+            other => whole.push(other),
+        }
+    }
+    whole
+}
+
 impl FileSource for MemDisk {
     fn open(&self, path: &Path, mode: OpenMode) -> Result<Opened> {
         let mut disk = self.0.borrow_mut();
-        let Some(number) = disk.files.iter().position(|file| file.name == path) else {
+        let Some(number) = disk.find(path) else {
             let missing = io::Error::from(io::ErrorKind::NotFound);
             return Err(Error::io(path.display().to_string(), missing));
         };
@@ -299,7 +346,7 @@ impl FileSource for MemDisk {
     }
 
     fn create(&self, path: &Path) -> Result<Opened> {
-        if self.0.borrow().files.iter().any(|file| file.name == path) {
+        if self.0.borrow().find(path).is_some() {
             let exists = io::Error::from(io::ErrorKind::AlreadyExists);
             return Err(Error::io(path.display().to_string(), exists));
         }
@@ -308,15 +355,13 @@ impl FileSource for MemDisk {
     }
 
     fn canonical(&self, path: &Path) -> Result<PathBuf> {
-        let mut whole = PathBuf::new();
-        for part in path.components() {
-            match part {
-                std::path::Component::ParentDir => {
-                    whole.pop();
-                }
-                std::path::Component::CurDir => {}
-                other => whole.push(other),
-            }
+        let whole = absolute(path);
+        // A directory exists when a file lies in it.
+        let disk = self.0.borrow();
+        let exists = disk.files.iter().any(|file| absolute(&file.name).starts_with(&whole));
+        if !exists {
+            let missing = io::Error::from(io::ErrorKind::NotFound);
+            return Err(Error::io(path.display().to_string(), missing));
         }
         Ok(whole)
     }
@@ -358,23 +403,39 @@ impl MemEngine {
 }
 
 impl Disk {
+    fn find(&self, name: &Path) -> Option<usize> {
+        let name = absolute(name);
+        self.files.iter().position(|file| absolute(&file.name) == name)
+    }
+
     fn record(&mut self, stage: Stage, file: FileId, why: Purpose, op: &Op, serial: u64) {
         let Some(trace) = &mut self.trace else { return };
-        let (at, len) = match op {
-            Op::Read { at, buf } | Op::Write { at, buf } => (at.0, buf.len() as u64),
-            Op::Zero { at, len, .. } | Op::Discard { at, len } => (at.0, *len),
-            Op::Resize { len } => (0, *len),
-            Op::Sync => (0, 0),
+        let (at, len, effect) = match op {
+            Op::Read { at, buf } => (at.0, buf.len() as u64, Effect::None),
+            Op::Write { at, buf } if stage == Stage::Submitted => {
+                (at.0, buf.len() as u64, Effect::Write(buf.to_vec()))
+            }
+            Op::Write { at, buf } => (at.0, buf.len() as u64, Effect::Write(Vec::new())),
+            Op::Zero { at, len, .. } | Op::Discard { at, len } => (at.0, *len, Effect::Zeros),
+            Op::Resize { len } => (0, *len, Effect::Length),
+            Op::Sync => (0, 0, Effect::Sync),
         };
-        trace.push(Event { stage, file, why, at, len, serial });
+        trace.push(Event { stage, file, why, at, len, serial, effect });
     }
 
     fn begin(&mut self, file: FileId, op: &Op) -> u64 {
         self.serial += 1;
         let serial = self.serial;
         let (at, change) = match op {
+            _ if is_too_long(op) => return serial,
             Op::Write { at, buf } => (at.0, Change::Bytes(buf.to_vec())),
-            Op::Zero { at, len, .. } | Op::Discard { at, len } => (at.0, Change::Zeros(*len)),
+            Op::Zero { at, len, .. } => (at.0, Change::Zeros(*len)),
+            Op::Discard { at, len } => {
+                // A hole never makes a file longer.
+                let end = self.files[index(file)].volatile.len() as u64;
+                let end = end.min(at.0.saturating_add(*len));
+                (at.0, Change::Zeros(end.saturating_sub(at.0)))
+            }
             Op::Resize { len } => (*len, Change::Length),
             Op::Read { .. } | Op::Sync => return serial,
         };
@@ -401,6 +462,7 @@ impl Disk {
                 self.in_flight.remove(&serial);
                 return Err(io::Error::from_raw_os_error(9));
             }
+            _ if is_too_long(op) => return Err(io::Error::from_raw_os_error(27)),
             _ => {
                 let (_, mut change) = self.in_flight.remove(&serial).expect("it was begun");
                 if let Op::Discard { at, len } = op {
@@ -417,6 +479,16 @@ impl Disk {
         }
         Ok(())
     }
+}
+
+fn is_too_long(op: &Op) -> bool {
+    let end = match op {
+        Op::Write { at, buf } => at.0.saturating_add(buf.len() as u64),
+        Op::Zero { at, len, .. } => at.0.saturating_add(*len),
+        Op::Resize { len } => *len,
+        Op::Read { .. } | Op::Discard { .. } | Op::Sync => 0,
+    };
+    end > LONGEST
 }
 
 fn read(bytes: &[u8], at: HostOffset, buf: &super::Buf) {
@@ -483,60 +555,5 @@ impl Engine for MemEngine {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::storage::{Buf, block_on};
-
-    fn write(engine: &MemEngine, file: FileId, at: u64, byte: u8) -> Pending {
-        let buf = Buf::copy_of(&[byte; 1024]);
-        engine.submit(file, Purpose::GuestWrite, Op::Write { at: HostOffset(at), buf })
-    }
-
-    #[test]
-    fn a_synced_write_survives_every_crash_and_an_unsynced_one_some() {
-        let disk = MemDisk::new();
-        let file = disk.add("disk", vec![0; 4096]);
-        let engine = disk.engine(0, 1);
-        block_on(&engine, write(&engine, file, 0, 1)).expect("write");
-        block_on(&engine, engine.submit(file, Purpose::SyncData, Op::Sync)).expect("sync");
-        block_on(&engine, write(&engine, file, 1024, 2)).expect("write");
-        let (mut kept, mut lost, mut torn) = (0, 0, 0);
-        for seed in 0..200 {
-            let bytes = disk.crash(seed).content(file);
-            assert!(bytes[..1024].iter().all(|&byte| byte == 1), "seed {seed}");
-            match (bytes[1024], bytes[1536]) {
-                (2, 2) => kept += 1,
-                (0, 0) => lost += 1,
-                _ => torn += 1,
-            }
-        }
-        assert!(kept > 10 && lost > 10 && torn > 10, "{kept} {lost} {torn}");
-    }
-
-    #[test]
-    fn a_write_that_finishes_after_a_sync_was_submitted_is_not_durable() {
-        let disk = MemDisk::new();
-        let file = disk.add("disk", vec![0; 2048]);
-        let engine = disk.engine(0, 3);
-        let sync = engine.submit(file, Purpose::SyncData, Op::Sync);
-        let late = write(&engine, file, 0, 9);
-        block_on(&engine, async {
-            late.await.expect("write");
-            sync.await.expect("sync");
-        });
-        assert_eq!(disk.crash_exactly(0).content(file)[0], 0);
-        assert_eq!(disk.unsynced_sectors(), 2);
-        assert_eq!(disk.crash_exactly(0b10).content(file)[512], 9);
-    }
-
-    #[test]
-    fn reads_past_the_end_give_zeros() {
-        let disk = MemDisk::new();
-        let file = disk.add("disk", vec![5; 100]);
-        let engine = disk.engine(0, 0);
-        let buf = Buf::copy_of(&[1; 200]);
-        let op = Op::Read { at: HostOffset(50), buf: buf.clone() };
-        block_on(&engine, engine.submit(file, Purpose::GuestRead, op)).expect("read");
-        assert_eq!(buf.to_vec(), [vec![5; 50], vec![0; 150]].concat());
-    }
-}
+#[path = "mem_tests.rs"]
+mod tests;
