@@ -49,6 +49,7 @@
 //! clusters, and [`qcow2::Qcow2::commit_write`] links them. A flush makes data, refcounts and tables
 //! durable, in that order.
 
+pub mod blk;
 pub mod bytes;
 pub mod error;
 pub mod exec;
