@@ -58,3 +58,4 @@ pub mod qcow2;
 pub mod raw;
 pub mod storage;
 pub mod sync;
+pub mod worker;
