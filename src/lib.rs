@@ -58,4 +58,5 @@ pub mod qcow2;
 pub mod raw;
 pub mod storage;
 pub mod sync;
+pub mod vhost;
 pub mod worker;
