@@ -51,6 +51,7 @@
 
 pub mod blk;
 pub mod bytes;
+pub mod cli;
 pub mod error;
 pub mod exec;
 pub mod image;

@@ -90,6 +90,9 @@ impl Connection {
             tracing::warn!("{}: {failure}", name(header));
             return Ok(());
         }
+        if header.suspect && !entered {
+            return Err(format!("a descriptor came with {}, which takes none", name(header)));
+        }
         self.deny(header, &failure.to_string())
     }
 

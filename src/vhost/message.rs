@@ -27,6 +27,9 @@ pub(super) struct Header {
     pub(super) request: u32,
     flags: u32,
     size: u32,
+    /// Descriptors that it does not take may come with it, or with the message behind it: then a
+    /// failure leaves it unknown where the next message begins.
+    pub(super) suspect: bool,
 }
 
 /// What to do with what waits in the socket.
@@ -60,17 +63,20 @@ pub(super) fn look(socket: &UnixStream) -> io::Result<Next> {
         HEADER_BYTES => {}
         _ => return Ok(Next::Wait),
     }
-    let header = Header::parse(&bytes);
+    let mut header = Header::parse(&bytes);
     if header.flags & !NEED_REPLY != VERSION || header.size as usize > MAX_MSG_SIZE {
         return Ok(Next::Lost("it sent something that is no vhost-user message"));
     }
-    if unread(socket)? < header.len() {
+    let unread = unread(socket)?;
+    if unread < header.len() {
         return Ok(Next::Wait);
     }
     let Some(request) = header.known() else {
         return Ok(Next::Refuse(header, "the request is unknown"));
     };
-    if seen.descriptors && !takes_descriptors(request) {
+    header.suspect = seen.descriptors && !takes_descriptors(request);
+    // A look that ends where a message does shows the descriptors of the next one too.
+    if header.suspect && unread == header.len() {
         return Ok(Next::Refuse(header, "a descriptor came with a request that takes none"));
     }
     Ok(Next::Serve(header))
@@ -80,7 +86,7 @@ impl Header {
     fn parse(bytes: &[u8; HEADER_BYTES]) -> Self {
         let (words, _) = bytes.as_chunks::<4>();
         let [request, flags, size] = [0, 1, 2].map(|word| u32::from_ne_bytes(words[word]));
-        Self { request, flags, size }
+        Self { request, flags, size, suspect: false }
     }
 
     /// Bytes of the whole message.
@@ -187,7 +193,7 @@ mod tests {
             assert_eq!(look(&right).expect("look"), Next::Wait);
             left.write_all(&[*byte]).expect("write");
         }
-        let header = Header { request: 10, flags: 9, size: 8 };
+        let header = Header { request: 10, flags: 9, size: 8, suspect: false };
         assert_eq!(look(&right).expect("look"), Next::Serve(header));
         assert!(header.needs_acknowledgement());
         header.discard(&right).expect("discard");

@@ -82,7 +82,8 @@ impl Drop for Poller {
 pub struct Peeked {
     /// Bytes that were copied; 0 means that the peer has closed its end.
     pub len: usize,
-    /// Whether descriptors come along with these bytes.
+    /// Whether descriptors come along with these bytes, or with those right behind them: the kernel
+    /// looks one message too far when the first ends where the look does.
     pub descriptors: bool,
 }
 
