@@ -1,6 +1,6 @@
 //! Serving an image until the process is told to end.
 
-use std::io::Write;
+use std::io::{ErrorKind, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 
@@ -9,7 +9,7 @@ use signal_hook::consts::{SIGINT, SIGTERM};
 use crate::blk::Device;
 use crate::cli::logging::Logging;
 use crate::cli::{Arguments, ImageFormat, attach};
-use crate::error::{Error, Result};
+use crate::error::{Error, Kind, Result};
 use crate::image::{self, Image};
 use crate::qcow2::create::CreateOptions;
 use crate::storage::files::Files;
@@ -67,16 +67,33 @@ fn open(
                        --format raw out";
             return Err(Error::refused(path.display().to_string(), why));
         }
-        block_on(engine, image::create(engine, source, path, &CreateOptions::new(size)))?;
+        create(arguments, path, size)?;
     }
     block_on(engine, Image::open(engine, source, path, &arguments.open_options()))
+}
+
+/// Makes an image. The table of files goes with the end of this, and with it the file's locks,
+/// which would keep us from opening the image too.
+fn create(arguments: &Arguments, path: &Path, size: u64) -> Result<()> {
+    let files = Files::new(arguments.file_options());
+    let engine = host::engine(arguments.aio(), &files, 0)?;
+    let options = CreateOptions::new(size);
+    let created = block_on(&*engine, image::create(&*engine, &*files, path, &options));
+    if let Err(error) = &created {
+        let theirs = matches!(error.kind(), Kind::Io(io) if io.kind() == ErrorKind::AlreadyExists);
+        if !theirs {
+            // The beginning of an image is worth nothing and would be in the way next time.
+            let _ = std::fs::remove_file(path);
+        }
+    }
+    created
 }
 
 fn exists(path: &Path) -> Result<bool> {
     // A link that leads nowhere is there too: making its target is not what was asked for.
     match path.symlink_metadata() {
         Ok(_) => Ok(true),
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(false),
+        Err(error) if error.kind() == ErrorKind::NotFound => Ok(false),
         Err(error) => Err(Error::io(path.display().to_string(), error)),
     }
 }
