@@ -90,7 +90,8 @@ impl Connection {
             tracing::warn!("{}: {failure}", name(header));
             return Ok(());
         }
-        if header.suspect && !entered {
+        let unread = matches!(failure, Failure::InvalidMessage) && !entered;
+        if unread && header.may_be_cut(&self.socket).map_err(|error| error.to_string())? {
             return Err(format!("a descriptor came with {}, which takes none", name(header)));
         }
         self.deny(header, &failure.to_string())
@@ -98,6 +99,9 @@ impl Connection {
 
     /// Tells the front-end that a message was not served, if it waits for that.
     fn deny(&self, header: Header, why: &str) -> Result<(), String> {
+        if header.known() == Some(FrontendReq::GET_CONFIG) {
+            return header.reply_empty(&self.socket).map_err(|error| error.to_string());
+        }
         if header.has_own_reply() {
             return Err(format!("{} cannot be answered: {why}", name(header)));
         }

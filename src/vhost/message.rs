@@ -9,7 +9,7 @@ use std::os::unix::net::UnixStream;
 
 use vhost::vhost_user::message::{FrontendReq, MAX_MSG_SIZE};
 
-use crate::worker::poller::{peek, unread};
+use crate::worker::poller::{is_hung_up, peek, unread};
 
 /// Bytes of a header: request, flags, size of the payload; all in the machine's byte order.
 const HEADER_BYTES: usize = 12;
@@ -27,9 +27,10 @@ pub(super) struct Header {
     pub(super) request: u32,
     flags: u32,
     size: u32,
-    /// Descriptors that it does not take may come with it, or with the message behind it: then a
-    /// failure leaves it unknown where the next message begins.
-    pub(super) suspect: bool,
+    /// Descriptors that it does not take come with it, or with the message behind it.
+    suspect: bool,
+    /// Bytes that waited in the socket, this message and later ones.
+    waiting: usize,
 }
 
 /// What to do with what waits in the socket.
@@ -61,7 +62,7 @@ pub(super) fn look(socket: &UnixStream) -> io::Result<Next> {
     match seen.len {
         0 => return Ok(Next::End),
         HEADER_BYTES => {}
-        _ => return Ok(Next::Wait),
+        _ => return Ok(more(socket)),
     }
     let mut header = Header::parse(&bytes);
     if header.flags & !NEED_REPLY != VERSION || header.size as usize > MAX_MSG_SIZE {
@@ -69,8 +70,9 @@ pub(super) fn look(socket: &UnixStream) -> io::Result<Next> {
     }
     let unread = unread(socket)?;
     if unread < header.len() {
-        return Ok(Next::Wait);
+        return Ok(more(socket));
     }
+    header.waiting = unread;
     let Some(request) = header.known() else {
         return Ok(Next::Refuse(header, "the request is unknown"));
     };
@@ -82,11 +84,16 @@ pub(super) fn look(socket: &UnixStream) -> io::Result<Next> {
     Ok(Next::Serve(header))
 }
 
+/// The rest of a message will come, unless there is nobody to send it.
+fn more(socket: &UnixStream) -> Next {
+    if is_hung_up(socket) { Next::End } else { Next::Wait }
+}
+
 impl Header {
     fn parse(bytes: &[u8; HEADER_BYTES]) -> Self {
         let (words, _) = bytes.as_chunks::<4>();
         let [request, flags, size] = [0, 1, 2].map(|word| u32::from_ne_bytes(words[word]));
-        Self { request, flags, size, suspect: false }
+        Self { request, flags, size, suspect: false, waiting: 0 }
     }
 
     /// Bytes of the whole message.
@@ -107,6 +114,27 @@ impl Header {
     /// Whether the request has an answer of its own, which only the one who serves it can give.
     pub(super) fn has_own_reply(&self) -> bool {
         self.known().is_some_and(has_own_reply)
+    }
+
+    /// Whether the crate may have left the payload of an invalid message in the socket, so that it
+    /// is not known where the next one begins. It does that when descriptors come with a message
+    /// that takes none. With a front-end that waits for an acknowledgement there is no doubt,
+    /// because nothing follows its message.
+    ///
+    /// # Errors
+    /// When the connection is broken.
+    pub(super) fn may_be_cut(&self, socket: &UnixStream) -> io::Result<bool> {
+        // What arrives meanwhile can only make it look worse than it is.
+        Ok(self.suspect && self.size != 0 && unread(socket)? + HEADER_BYTES >= self.waiting)
+    }
+
+    /// Answers that there is nothing: how a failure to read the configuration space is told.
+    ///
+    /// # Errors
+    /// When the connection is broken.
+    pub(super) fn reply_empty(&self, mut socket: &UnixStream) -> io::Result<()> {
+        let words = [self.request, VERSION | REPLY, 0];
+        socket.write_all(&words.map(u32::to_ne_bytes).concat())
     }
 
     /// Takes the message out of the socket; descriptors that come with it are closed.
@@ -193,12 +221,15 @@ mod tests {
             assert_eq!(look(&right).expect("look"), Next::Wait);
             left.write_all(&[*byte]).expect("write");
         }
-        let header = Header { request: 10, flags: 9, size: 8, suspect: false };
-        assert_eq!(look(&right).expect("look"), Next::Serve(header));
+        let next = look(&right).expect("look");
+        let Next::Serve(header) = next else { panic!("{next:?}") };
+        assert_eq!((header.request, header.flags, header.size), (10, 9, 8));
         assert!(header.needs_acknowledgement());
         header.discard(&right).expect("discard");
+        left.write_all(&bytes[..19]).expect("write");
+        assert_eq!(look(&right).expect("look"), Next::Wait);
         drop(left);
-        assert_eq!(look(&right).expect("look"), Next::End);
+        assert_eq!(look(&right).expect("look"), Next::End, "the rest never comes");
     }
 
     #[test]

@@ -30,6 +30,8 @@ pub(super) struct Ring {
     addresses: Option<Addresses>,
     has_size: bool,
     has_base: bool,
+    /// The base that the front-end has told last.
+    told_base: Option<u16>,
     /// The front-end has sent a kick descriptor, or has said that there is none.
     started: bool,
     error: Option<File>,
@@ -46,6 +48,7 @@ impl Ring {
             addresses: None,
             has_size: false,
             has_base: false,
+            told_base: None,
             started: false,
             error: None,
             running: false,
@@ -59,6 +62,7 @@ impl Ring {
         self.vring.set_kick(None);
         self.addresses = None;
         (self.has_size, self.has_base, self.started) = (false, false, false);
+        self.told_base = None;
     }
 
     pub(super) fn set_size(&mut self, size: u32) -> Result<()> {
@@ -88,6 +92,16 @@ impl Ring {
     /// Where popping begins, or began when the ring was started.
     pub(super) fn base(&self) -> u16 {
         self.vring.queue_next_avail()
+    }
+
+    /// The base that the front-end has told last, wherever the ring stands by now.
+    pub(super) fn told_base(&self) -> Option<u16> {
+        self.told_base
+    }
+
+    pub(super) fn tell_base(&mut self, base: u16) {
+        self.told_base = Some(base);
+        self.set_base(base);
     }
 
     pub(super) fn set_base(&mut self, base: u16) {

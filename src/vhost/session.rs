@@ -117,7 +117,7 @@ impl Session {
 
     /// Whether a ring is to be served now.
     fn is_wanted(&self, ring: &Ring) -> bool {
-        // A front-end that does not know about enabling means rings that are enabled from the start.
+        // A front-end that does not know about enabling means rings that are enabled at once.
         let enabled = self.features & PROTOCOL_FEATURES == 0 || ring.is_enabled();
         enabled && ring.is_described()
     }
@@ -297,10 +297,10 @@ impl VhostUserBackendReqHandlerMut for Session {
             return Err(refuse(Error::refused(what, format!("the base {base} has over 16 bits"))));
         };
         if !ring.running {
-            ring.set_base(base);
+            ring.tell_base(base);
             return self.settle(index);
         }
-        if ring.base() == base {
+        if ring.told_base() == Some(base) {
             return Ok(());
         }
         // Requests would be carried out twice or never.

@@ -1,5 +1,5 @@
-//! An epoll set that closes itself, and the two questions about a socket that std cannot ask.
-#![expect(unsafe_code, reason = "recvmsg and ioctl on a borrowed descriptor")]
+//! An epoll set that closes itself, and the questions about a socket that std cannot ask.
+#![expect(unsafe_code, reason = "recvmsg, ioctl and poll on a borrowed descriptor")]
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
@@ -124,6 +124,15 @@ pub fn unread(socket: &impl AsFd) -> io::Result<usize> {
     Ok(usize::try_from(bytes).unwrap_or(0))
 }
 
+/// Whether the peer of a socket will say nothing more than what waits already.
+pub fn is_hung_up(socket: &impl AsFd) -> bool {
+    let (fd, events) = (raw(&socket.as_fd()), libc::POLLRDHUP);
+    let mut question = libc::pollfd { fd, events, revents: 0 };
+    // SAFETY: there is one question, which lives across the call; it does not wait.
+    let answers = unsafe { libc::poll(&raw mut question, 1, 0) };
+    answers > 0
+}
+
 fn raw(fd: &BorrowedFd<'_>) -> RawFd {
     fd.as_raw_fd()
 }
@@ -170,7 +179,9 @@ mod tests {
         assert_eq!(peek(&right, &mut bytes).expect("peek"), seen);
         let (len, file) = right.recv_with_fd(&mut bytes).expect("receive");
         assert!(len == 3 && file.is_some(), "the descriptor is still there");
+        assert!(!is_hung_up(&right));
         drop(left);
+        assert!(is_hung_up(&right));
         assert_eq!(peek(&right, &mut bytes).expect("peek").len, 0);
     }
 }
