@@ -49,7 +49,9 @@
 //! clusters, and [`qcow2::Qcow2::commit_write`] links them. A flush makes data, refcounts and
 //! tables durable, in that order.
 
+pub mod blk;
 pub mod bytes;
+pub mod cli;
 pub mod error;
 pub mod exec;
 pub mod image;
@@ -57,3 +59,5 @@ pub mod qcow2;
 pub mod raw;
 pub mod storage;
 pub mod sync;
+pub mod vhost;
+pub mod worker;

@@ -1,0 +1,283 @@
+//! The command line.
+
+mod attach;
+pub mod logging;
+pub mod serve;
+pub mod size;
+
+use std::path::{Path, PathBuf};
+
+use clap::builder::PossibleValuesParser;
+use clap::{Parser, ValueEnum};
+
+use crate::blk::{SERIAL_BYTES, Settings};
+use crate::image::{Format, OpenOptions};
+use crate::storage::files::Options as FileOptions;
+use crate::storage::host::Aio;
+
+/// What `--print-capabilities` prints, as QEMU's conventions for back-end programs want it.
+pub const CAPABILITIES: &str = r#"{"type":"block","features":["read-only","blk-file"]}"#;
+
+const EXAMPLES: &str = "\
+Examples:
+  Serve an image, making a disk of 10 GiB if there is none:
+    vhost-user-qcow2 --socket /tmp/vub.sock --image disk.qcow2 --create 10G
+  Serve a raw image without the host's page cache:
+    vhost-user-qcow2 --socket /tmp/vub.sock --image disk.raw --format raw --cache none
+
+The arguments that attach the disk to QEMU and cloud-hypervisor are printed at start.
+SIGTERM and SIGINT finish what is under way, flush, remove the socket and end with status 0.";
+
+/// Serves a qcow2 or raw image as a disk to a guest of QEMU or cloud-hypervisor, over
+/// vhost-user-blk.
+#[derive(Debug, Clone, Parser)]
+#[command(name = "vhost-user-qcow2", version, after_help = EXAMPLES)]
+pub struct Arguments {
+    /// The Unix socket to listen on
+    #[arg(long, visible_alias = "socket-path", value_name = "PATH")]
+    #[arg(required_unless_present = "print_capabilities")]
+    pub socket: Option<PathBuf>,
+
+    /// The image to serve
+    #[arg(long, visible_alias = "blk-file", value_name = "PATH")]
+    #[arg(required_unless_present = "print_capabilities")]
+    pub image: Option<PathBuf>,
+
+    /// The image's format; a raw image is never guessed
+    #[arg(long, short, value_enum)]
+    pub format: Option<ImageFormat>,
+
+    /// Refuse writes
+    #[arg(long, short)]
+    pub read_only: bool,
+
+    /// Make a qcow2 image of this size if there is none: bytes, or a number with K, M, G or T
+    #[arg(long, value_name = "SIZE", value_parser = size::parse)]
+    pub create: Option<u64>,
+
+    /// Queues offered; the guest uses as many as it likes
+    #[arg(long, value_name = "N", default_value_t = 64)]
+    #[arg(value_parser = clap::value_parser!(u16).range(1..=256))]
+    pub num_queues: u16,
+
+    /// The largest queue accepted, a power of two
+    #[arg(long, value_name = "N", default_value_t = 1024, value_parser = queue_size)]
+    pub queue_size: u16,
+
+    /// The most worker threads; each starts with the first of its queues [default: processors]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=256))]
+    pub threads: Option<u16>,
+
+    /// How the host caches, and what a completed write means
+    #[arg(long, value_enum, default_value_t = Cache::Writeback)]
+    pub cache: Cache,
+
+    /// How files are read and written
+    #[arg(long, value_enum, default_value_t = Engine::Auto)]
+    pub aio: Engine,
+
+    /// The disk's serial number, at most 20 bytes [default: the image's file name]
+    #[arg(long, value_name = "TEXT", value_parser = serial)]
+    pub serial: Option<String>,
+
+    /// The guest's block size in bytes
+    #[arg(long, value_name = "BYTES", default_value = "512")]
+    #[arg(value_parser = PossibleValuesParser::new(["512", "4096"]))]
+    pub block_size: String,
+
+    /// Let images refer to files in this directory as well as in their own; repeatable
+    #[arg(long, value_name = "DIR")]
+    pub allow_path: Vec<PathBuf>,
+
+    /// The format of backing files whose format is not recorded
+    #[arg(long, value_enum)]
+    pub backing_format: Option<ImageFormat>,
+
+    /// How much to log: error, warn, info, debug or trace [default: info]; RUST_LOG overrides it
+    #[arg(long, value_name = "LEVEL")]
+    #[arg(value_parser = PossibleValuesParser::new(["error", "warn", "info", "debug", "trace"]))]
+    #[arg(hide_possible_values = true)]
+    pub log_level: Option<String>,
+
+    /// Print what this back-end can do, as JSON, and end
+    #[arg(long)]
+    pub print_capabilities: bool,
+}
+
+/// An image's format.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum ImageFormat {
+    /// qcow2, versions 2 and 3
+    Qcow2,
+    /// The disk's bytes as they are
+    Raw,
+}
+
+impl From<ImageFormat> for Format {
+    fn from(format: ImageFormat) -> Self {
+        match format {
+            ImageFormat::Qcow2 => Self::Qcow2,
+            ImageFormat::Raw => Self::Raw,
+        }
+    }
+}
+
+/// How the host caches.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Cache {
+    /// Use the page cache; a write is durable after the guest's next flush
+    Writeback,
+    /// Go around the page cache (O_DIRECT); a write is durable after the guest's next flush
+    None,
+    /// Use the page cache; a write is durable when it completes
+    Writethrough,
+    /// Use the page cache and ignore flushes: a power cut loses the image
+    Unsafe,
+}
+
+/// How files are read and written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Engine {
+    /// io_uring where it can be used, else threads
+    Auto,
+    /// io_uring or nothing
+    #[value(name = "io_uring")]
+    IoUring,
+    /// A pool of threads
+    Threads,
+}
+
+fn queue_size(text: &str) -> Result<u16, String> {
+    let size: Option<u16> = text.parse().ok();
+    let allowed = |size: &u16| size.is_power_of_two() && (4..=32768).contains(size);
+    size.filter(allowed).ok_or_else(|| "it must be a power of two from 4 to 32768".to_owned())
+}
+
+fn serial(text: &str) -> Result<String, String> {
+    if text.len() > SERIAL_BYTES {
+        return Err(format!("it has {} bytes, {SERIAL_BYTES} are allowed", text.len()));
+    }
+    Ok(text.to_owned())
+}
+
+impl Arguments {
+    /// How the image is opened.
+    fn open_options(&self) -> OpenOptions {
+        OpenOptions {
+            format: self.format.map(Format::from),
+            read_only: self.read_only,
+            allow_paths: self.allow_path.clone(),
+            backing_format: self.backing_format.map(Format::from),
+            ..OpenOptions::default()
+        }
+    }
+
+    /// How files are opened.
+    fn file_options(&self) -> FileOptions {
+        FileOptions {
+            direct: self.cache == Cache::None,
+            sync: self.cache != Cache::Unsafe,
+            ..FileOptions::default()
+        }
+    }
+
+    /// What the guest sees, beside the image.
+    fn settings(&self, image: &Path) -> Settings {
+        let serial = match &self.serial {
+            Some(text) => text.clone(),
+            None => image.file_name().unwrap_or_default().to_string_lossy().replace(' ', "_"),
+        };
+        let mut padded = [0; SERIAL_BYTES];
+        for (target, byte) in padded.iter_mut().zip(serial.bytes()) {
+            *target = byte;
+        }
+        Settings {
+            block_size: if self.block_size == "4096" { 4096 } else { 512 },
+            queues: self.num_queues,
+            queue_size: self.queue_size,
+            serial: padded,
+            write_back: self.cache != Cache::Writethrough,
+        }
+    }
+
+    fn aio(&self) -> Aio {
+        match self.aio {
+            Engine::Auto => Aio::Auto,
+            Engine::IoUring => Aio::IoUring,
+            Engine::Threads => Aio::Threads,
+        }
+    }
+
+    /// The most worker threads: more than queues would have nothing to do.
+    fn threads(&self) -> usize {
+        let processors = || std::thread::available_parallelism().map_or(1, usize::from);
+        let threads = self.threads.map_or_else(processors, usize::from);
+        threads.min(usize::from(self.num_queues))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(arguments: &[&str]) -> Arguments {
+        let needed = ["vhost-user-qcow2", "--socket-path", "s", "--blk-file", "a disk.qcow2"];
+        Arguments::try_parse_from(needed.iter().chain(arguments)).expect("good arguments")
+    }
+
+    #[test]
+    fn every_cache_mode_means_what_it_says() {
+        for (mode, direct, sync, write_back) in [
+            ("writeback", false, true, true),
+            ("none", true, true, true),
+            ("writethrough", false, true, false),
+            ("unsafe", false, false, true),
+        ] {
+            let arguments = parse(&["--cache", mode]);
+            let files = arguments.file_options();
+            let settings = arguments.settings(Path::new("x"));
+            assert_eq!((files.direct, files.sync), (direct, sync), "{mode}");
+            assert_eq!(settings.write_back, write_back, "{mode}");
+        }
+    }
+
+    #[test]
+    fn the_serial_number_is_padded_and_defaults_to_the_files_name() {
+        let arguments = parse(&[]);
+        let image = arguments.image.clone().expect("an image");
+        assert_eq!(&arguments.settings(&image).serial, b"a_disk.qcow2\0\0\0\0\0\0\0\0");
+        let long = Path::new("/x/a-name-of-more-than-twenty-bytes.qcow2");
+        assert_eq!(&arguments.settings(long).serial, b"a-name-of-more-than-");
+        let arguments = parse(&["--serial", "12345678901234567890"]);
+        assert_eq!(&arguments.settings(long).serial, b"12345678901234567890");
+    }
+
+    #[test]
+    fn the_defaults_let_a_guest_with_many_processors_start() {
+        let arguments = parse(&[]);
+        assert_eq!((arguments.num_queues, arguments.queue_size), (64, 1024));
+        assert!(arguments.threads() >= 1);
+        assert_eq!(parse(&["--threads", "9", "--num-queues", "3"]).threads(), 3);
+    }
+
+    #[test]
+    fn wrong_values_are_refused() {
+        for wrong in [
+            ["--queue-size", "100"],
+            ["--queue-size", "2"],
+            ["--queue-size", "65536"],
+            ["--num-queues", "0"],
+            ["--num-queues", "257"],
+            ["--threads", "0"],
+            ["--serial", "123456789012345678901"],
+            ["--block-size", "1024"],
+            ["--create", "ten"],
+            ["--format", "vmdk"],
+            ["--log-level", "loud"],
+        ] {
+            let words = ["x", "--socket", "s", "--image", "i"];
+            assert!(Arguments::try_parse_from(words.iter().chain(&wrong)).is_err(), "{wrong:?}");
+        }
+        Arguments::try_parse_from(["x", "--print-capabilities"]).expect("needs nothing else");
+    }
+}

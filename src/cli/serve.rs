@@ -1,0 +1,137 @@
+//! Serving an image until the process is told to end.
+
+use std::io::{ErrorKind, Write};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+
+use signal_hook::consts::{SIGINT, SIGTERM};
+
+use crate::blk::Device;
+use crate::cli::logging::Logging;
+use crate::cli::{Arguments, ImageFormat, attach};
+use crate::error::{Error, Kind, Result};
+use crate::image::{self, Image};
+use crate::qcow2::create::CreateOptions;
+use crate::storage::files::Files;
+use crate::storage::{Engine, FileSource, block_on, host};
+use crate::sync::{Arc, AtomicBool, Mutex};
+use crate::vhost::listen::{self, Listener};
+use crate::vhost::session::Session;
+use crate::worker::pool::{EngineSource, Pool};
+
+/// Opens the image, serves it, and closes it after a signal.
+///
+/// # Errors
+/// One sentence that names the file, what was wrong, and what would help. What was refused before
+/// anything was served has left no trace: no image, no socket.
+pub fn run(arguments: &Arguments, logging: Logging) -> Result<()> {
+    let (Some(socket), Some(path)) = (&arguments.socket, &arguments.image) else {
+        return Err(Error::refused("arguments", "--socket and --image are needed"));
+    };
+    let stop = signals().map_err(|error| Error::io("cannot wait for signals", error))?;
+    // The socket is looked at first, because making an image leaves a trace.
+    listen::check(socket)?;
+    let files = Files::new(arguments.file_options());
+    let engine = host::engine(arguments.aio(), &files, 0)?;
+    let image = Arc::new(open(arguments, &*engine, &files, path)?);
+    let served = serve(arguments, logging, socket, path, &files, &image, &stop);
+    let closed = block_on(&*engine, image.close(&*engine));
+    served.and(closed.map_err(|error| error.within(path.display())))
+}
+
+/// A stream that is readable after SIGTERM or SIGINT. A second signal ends the process at once: the
+/// operator has lost patience with a disk that does not answer.
+fn signals() -> std::io::Result<UnixStream> {
+    let (readable, written) = UnixStream::pair()?;
+    let told = Arc::new(AtomicBool::new(false));
+    for signal in [SIGTERM, SIGINT] {
+        signal_hook::flag::register_conditional_shutdown(signal, 1, Arc::clone(&told))?;
+        signal_hook::flag::register(signal, Arc::clone(&told))?;
+        signal_hook::low_level::pipe::register(signal, written.try_clone()?)?;
+    }
+    Ok(readable)
+}
+
+fn open(
+    arguments: &Arguments,
+    engine: &dyn Engine,
+    files: &Arc<Files>,
+    path: &Path,
+) -> Result<Image> {
+    let source: &dyn FileSource = &**files;
+    if let Some(size) = arguments.create
+        && !exists(path)?
+    {
+        if arguments.format == Some(ImageFormat::Raw) {
+            let why = "--create makes qcow2 images; for a raw one use truncate -s, or leave \
+                       --format raw out";
+            return Err(Error::refused(path.display().to_string(), why));
+        }
+        create(arguments, path, size)?;
+    }
+    block_on(engine, Image::open(engine, source, path, &arguments.open_options()))
+}
+
+/// Makes an image. The table of files goes with the end of this, and with it the file's locks,
+/// which would keep us from opening the image too.
+fn create(arguments: &Arguments, path: &Path, size: u64) -> Result<()> {
+    let files = Files::new(arguments.file_options());
+    let engine = host::engine(arguments.aio(), &files, 0)?;
+    let options = CreateOptions::new(size);
+    let created = block_on(&*engine, image::create(&*engine, &*files, path, &options));
+    if let Err(error) = &created {
+        let theirs = matches!(error.kind(), Kind::Io(io) if io.kind() == ErrorKind::AlreadyExists);
+        if !theirs {
+            // The beginning of an image is worth nothing and would be in the way next time.
+            let _ = std::fs::remove_file(path);
+        }
+    }
+    created
+}
+
+fn exists(path: &Path) -> Result<bool> {
+    // A link that leads nowhere is there too: making its target is not what was asked for.
+    match path.symlink_metadata() {
+        Ok(_) => Ok(true),
+        Err(error) if error.kind() == ErrorKind::NotFound => Ok(false),
+        Err(error) => Err(Error::io(path.display().to_string(), error)),
+    }
+}
+
+fn serve(
+    arguments: &Arguments,
+    logging: Logging,
+    socket: &Path,
+    path: &Path,
+    files: &Arc<Files>,
+    image: &Arc<Image>,
+    stop: &UnixStream,
+) -> Result<()> {
+    let listener = Listener::bind(socket)?;
+    logging.serving();
+    let device = Arc::new(Device::new(Arc::clone(image), arguments.settings(path)));
+    let (aio, files) = (arguments.aio(), Arc::clone(files));
+    let engines: EngineSource = Arc::new(move |lane| host::engine(aio, &files, lane));
+    let pool = Pool::new(device, engines, arguments.threads());
+    let session = Arc::new(Mutex::new(Session::new(pool)));
+    let absolute: PathBuf = std::path::absolute(socket).unwrap_or_else(|_| socket.to_owned());
+    // Nobody has to read it.
+    let _ = std::io::stdout().write_all(attach::arguments(&absolute).as_bytes());
+    tracing::info!(
+        "serving {} ({} bytes{}) on {}",
+        path.display(),
+        image.size(),
+        if image.is_read_only() { ", read-only" } else { "" },
+        socket.display()
+    );
+    crate::vhost::serve(&listener, &session, stop)?;
+    tracing::info!("told to end");
+    // The workers' threads end here; nothing is under way any more.
+    drop(session);
+    Ok(())
+}
+
+/// The one line that says why the program ends with an error.
+pub fn complaint(error: &Error) -> String {
+    format!("vhost-user-qcow2: {}", error.to_string().replace(['\n', '\r'], " "))
+}

@@ -1,0 +1,132 @@
+//! One front-end's connection: which messages are there, and what an error means for it.
+
+use std::io;
+use std::os::fd::{AsRawFd, RawFd};
+use std::os::unix::net::UnixStream;
+
+use vhost::vhost_user::message::FrontendReq;
+use vhost::vhost_user::{BackendReqHandler, Error as Failure};
+
+use crate::sync::{Arc, Mutex, lock};
+use crate::vhost::message::{Header, Next, look};
+use crate::vhost::session::Session;
+
+/// Most messages served before other events are looked at.
+const BATCH: usize = 64;
+
+/// How serving a connection has gone on.
+#[derive(Debug)]
+pub(super) enum Pumped {
+    /// Everything that has arrived was served.
+    Quiet,
+    /// There is more.
+    Busy,
+    /// The front-end has gone, or must.
+    Over(Option<String>),
+}
+
+/// A connected front-end.
+pub(super) struct Connection {
+    handler: BackendReqHandler<Mutex<Session>>,
+    socket: UnixStream,
+    session: Arc<Mutex<Session>>,
+    /// Messages served.
+    pub(super) messages: u64,
+}
+
+impl AsRawFd for Connection {
+    fn as_raw_fd(&self) -> RawFd {
+        self.socket.as_raw_fd()
+    }
+}
+
+impl Connection {
+    pub(super) fn new(socket: UnixStream, session: &Arc<Mutex<Session>>) -> io::Result<Self> {
+        // Whole messages are waited for by looking; what is read then is there.
+        socket.set_nonblocking(false)?;
+        let handler = BackendReqHandler::from_stream(socket.try_clone()?, Arc::clone(session));
+        Ok(Self { handler, socket, session: Arc::clone(session), messages: 0 })
+    }
+
+    /// Serves messages that have arrived, without waiting for any.
+    pub(super) fn pump(&mut self) -> Pumped {
+        for _ in 0..BATCH {
+            let result = match look(&self.socket) {
+                Err(error) => Err(error.to_string()),
+                Ok(Next::Wait) => return Pumped::Quiet,
+                Ok(Next::End) => return Pumped::Over(None),
+                Ok(Next::Lost(why)) => Err(why.to_owned()),
+                Ok(Next::Refuse(header, why)) => self.refuse(header, why),
+                Ok(Next::Serve(header)) => self.serve(header),
+            };
+            if let Err(why) = result {
+                return Pumped::Over(Some(why));
+            }
+            self.messages += 1;
+        }
+        Pumped::Busy
+    }
+
+    fn refuse(&self, header: Header, why: &str) -> Result<(), String> {
+        header.discard(&self.socket).map_err(|error| error.to_string())?;
+        self.deny(header, why)
+    }
+
+    /// Lets the crate take the message apart and call the session. An error of one message is no
+    /// reason to leave the guest without its disk, unless the front-end waits for an answer that
+    /// nobody can give.
+    fn serve(&mut self, header: Header) -> Result<(), String> {
+        lock(&self.session).take_entered();
+        let Err(failure) = self.handler.handle_request() else { return Ok(()) };
+        match failure {
+            Failure::Disconnected
+            | Failure::PartialMessage
+            | Failure::SocketBroken(_)
+            | Failure::SocketError(_) => return Err(failure.to_string()),
+            _ => {}
+        }
+        let entered = lock(&self.session).take_entered();
+        if !header.has_own_reply() && is_answered(header, entered, &failure) {
+            tracing::warn!("{}: {failure}", name(header));
+            return Ok(());
+        }
+        let unread = matches!(failure, Failure::InvalidMessage) && !entered;
+        if unread && header.may_be_cut(&self.socket).map_err(|error| error.to_string())? {
+            return Err(format!("a descriptor came with {}, which takes none", name(header)));
+        }
+        self.deny(header, &failure.to_string())
+    }
+
+    /// Tells the front-end that a message was not served, if it waits for that.
+    fn deny(&self, header: Header, why: &str) -> Result<(), String> {
+        if header.known() == Some(FrontendReq::GET_CONFIG) {
+            return header.reply_empty(&self.socket).map_err(|error| error.to_string());
+        }
+        if header.has_own_reply() {
+            return Err(format!("{} cannot be answered: {why}", name(header)));
+        }
+        tracing::warn!("{} is refused: {why}", name(header));
+        if header.needs_acknowledgement() && lock(&self.session).acknowledges() {
+            return header.refuse(&self.socket).map_err(|error| error.to_string());
+        }
+        Ok(())
+    }
+}
+
+/// Whether the crate has sent the acknowledgement of a failed request, if one was due. It has when
+/// the session was asked, and for requests whose payload it checks where it also answers.
+fn is_answered(header: Header, entered: bool, failure: &Failure) -> bool {
+    use FrontendReq as R;
+    let checked_late = matches!(
+        header.known(),
+        Some(R::SET_MEM_TABLE | R::SET_CONFIG | R::SET_BACKEND_REQ_FD | R::GPU_SET_SOCKET)
+    );
+    entered || checked_late && !matches!(failure, Failure::InactiveOperation(_))
+}
+
+fn name(header: Header) -> String {
+    match header.known() {
+        Some(request) => format!("{request:?}"),
+        None => format!("request {}", header.request),
+    }
+}

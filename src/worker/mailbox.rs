@@ -1,0 +1,208 @@
+//! The thread around a worker: it sleeps in epoll on kicks, the engine and its mailbox.
+
+use std::fs::File;
+use std::rc::Rc;
+use std::sync::mpsc::{Receiver, Sender};
+
+use vmm_sys_util::event::EventNotifier;
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::blk::serve::Context;
+use crate::sync::Arc;
+use crate::worker::poller::{Poller, Trigger};
+use crate::worker::queue::{RingError, RingSetup};
+use crate::worker::{GuestMemory, TASKS, Worker, worker};
+
+/// How long a worker with a ring that nobody kicks sleeps at most, in milliseconds.
+const POLL_INTERVAL_MS: i32 = 1;
+
+/// An order to a worker. Each is answered when it has been carried out.
+#[derive(Debug)]
+pub enum Command {
+    /// Serve a ring.
+    Start {
+        /// The queue's number.
+        index: usize,
+        /// The ring.
+        setup: Box<RingSetup>,
+        /// Whether it is served now.
+        reply: Sender<Result<(), RingError>>,
+    },
+    /// Stop a ring: take no more chains, finish those that were taken.
+    Stop {
+        /// The queue's number.
+        index: usize,
+        /// The first entry of the available ring that was not taken.
+        reply: Sender<u16>,
+    },
+    /// Tell the guest of one ring by another descriptor.
+    SetCall {
+        /// The queue's number.
+        index: usize,
+        /// The new descriptor.
+        call: Option<EventNotifier>,
+        /// Done.
+        reply: Sender<()>,
+    },
+    /// Tell the front-end of a broken ring by another descriptor.
+    SetError {
+        /// The queue's number.
+        index: usize,
+        /// The new descriptor.
+        error: Option<File>,
+        /// Done.
+        reply: Sender<()>,
+    },
+    /// Use other guest memory. Rings that are served lie in both.
+    SetMemory {
+        /// The memory.
+        memory: Arc<GuestMemory>,
+        /// Done.
+        reply: Sender<()>,
+    },
+    /// End the thread, once nothing is under way.
+    Exit,
+}
+
+/// A worker's thread, from inside.
+pub(super) struct Thread<F> {
+    worker: Worker<F>,
+    commands: Receiver<Command>,
+    poller: Poller,
+    stopping: Vec<(usize, Sender<u16>)>,
+    exit: bool,
+}
+
+/// Runs a worker until it is told to end. `mailbox` is written after each command; the engine
+/// belongs to this thread.
+///
+/// # Errors
+/// When the process has no descriptors left.
+pub(super) fn run(
+    context: Rc<Context>,
+    commands: Receiver<Command>,
+    mailbox: EventFd,
+    started: impl FnOnce(),
+) -> std::io::Result<()> {
+    let poller = Poller::new()?;
+    poller.add(&mailbox, 0, Trigger::Edge)?;
+    let engine = context.storage.pollable();
+    if engine >= 0 {
+        poller.add(&engine, 0, Trigger::Level)?;
+    }
+    let unpark = move || {
+        // Only a full counter refuses, and then the sleeper is being woken already.
+        let _ = mailbox.write(1);
+    };
+    let worker = worker(context, TASKS, unpark);
+    let mut thread = Thread { worker, commands, poller, stopping: Vec::new(), exit: false };
+    started();
+    thread.run();
+    Ok(())
+}
+
+impl<F: Future<Output = ()>> Thread<F> {
+    fn run(&mut self) {
+        loop {
+            while let Ok(command) = self.commands.try_recv() {
+                self.obey(command);
+            }
+            let progress = self.worker.turn();
+            self.answer_stopped();
+            if self.exit && self.worker.is_idle() {
+                return self.log_stats();
+            }
+            if progress.any() {
+                continue;
+            }
+            if self.worker.park() {
+                let timeout = self.timeout_ms();
+                let woken = self.poller.wait(timeout);
+                // Who woke us does not matter: a turn looks at everything.
+                drop(woken.expect("waiting has no reason to fail"));
+            }
+            self.worker.unpark();
+        }
+    }
+
+    fn timeout_ms(&self) -> i32 {
+        let storage = self.worker.storage();
+        if storage.pollable() < 0 && storage.is_busy() {
+            0
+        } else if self.worker.has_polled_ring() {
+            POLL_INTERVAL_MS
+        } else {
+            -1
+        }
+    }
+
+    /// Carries an order out. A session that does not wait for the answer is no concern of ours.
+    fn obey(&mut self, command: Command) {
+        match command {
+            Command::Start { index, setup, reply } => {
+                let _ = reply.send(self.start(index, *setup));
+            }
+            Command::Stop { index, reply } => {
+                self.worker.stop(index);
+                self.stopping.push((index, reply));
+            }
+            Command::SetCall { index, call, reply } => {
+                if let Some(ring) = self.worker.ring(index) {
+                    ring.set_call(call);
+                }
+                let _ = reply.send(());
+            }
+            Command::SetError { index, error, reply } => {
+                if let Some(ring) = self.worker.ring(index) {
+                    ring.set_error(error);
+                }
+                let _ = reply.send(());
+            }
+            Command::SetMemory { memory, reply } => {
+                self.worker.set_memory(memory);
+                let _ = reply.send(());
+            }
+            Command::Exit => self.exit = true,
+        }
+    }
+
+    fn start(&mut self, index: usize, setup: RingSetup) -> Result<(), RingError> {
+        let ring = self.worker.start(index, setup)?;
+        let Some(kick) = &ring.kick else { return Ok(()) };
+        let Err(error) = self.poller.add(kick, 0, Trigger::Edge) else { return Ok(()) };
+        // Nothing was taken from it, so it is drained.
+        self.worker.stop(index);
+        self.worker.take_stopped();
+        Err(RingError::Kick(error))
+    }
+
+    fn answer_stopped(&mut self) {
+        if self.stopping.is_empty() {
+            return;
+        }
+        while let Some(stopped) = self.worker.take_stopped() {
+            if let Some(kick) = &stopped.ring.kick {
+                self.poller.remove(kick);
+            }
+            if let Some(place) = self.stopping.iter().position(|(index, _)| *index == stopped.index)
+            {
+                let (_, reply) = self.stopping.swap_remove(place);
+                let _ = reply.send(stopped.next_available);
+            }
+        }
+    }
+
+    fn log_stats(&self) {
+        let stats = &self.worker.context().stats;
+        tracing::debug!(
+            reads = stats.reads.get(),
+            read_bytes = stats.read_bytes.get(),
+            writes = stats.writes.get(),
+            written_bytes = stats.written_bytes.get(),
+            flushes = stats.flushes.get(),
+            erases = stats.erases.get(),
+            errors = stats.errors.get(),
+            "a worker has ended"
+        );
+    }
+}

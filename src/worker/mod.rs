@@ -1,0 +1,274 @@
+//! One thread's share of the queues: rings, tasks and a way to the files.
+//!
+//! [`Worker::turn`] does everything that can be done without waiting, and is what a simulator calls
+//! too; [`mailbox`] has the thread around it, which sleeps between turns and takes orders from the
+//! session. The worker alone owns the state of its rings. Stopping a ring means: take no more
+//! chains, finish those that were taken, publish them, then answer. Nothing is ever cancelled.
+
+pub mod mailbox;
+pub mod poller;
+pub mod pool;
+pub mod queue;
+
+use std::any::Any;
+use std::fmt;
+use std::rc::Rc;
+
+use vm_memory::{GuestMemoryMmap, MmapRegion};
+
+use crate::blk::request::{Request, Rules, parse};
+use crate::blk::serve::{Context, serve};
+use crate::blk::token::{Token, Used};
+use crate::exec::TaskSet;
+use crate::storage::Engine;
+use crate::sync::Arc;
+use crate::worker::queue::{Ring, RingError, RingSetup};
+
+/// Most requests under way in one worker. More than any ring that a front-end sets up by default;
+/// longer rings wait in guest memory.
+pub const TASKS: usize = 256;
+
+/// The guest's memory, and the mappings it is part of.
+#[derive(Debug, Default)]
+pub struct GuestMemory {
+    map: GuestMemoryMmap,
+    /// Larger mappings that regions of the map lie in.
+    _mappings: Vec<Arc<MmapRegion>>,
+}
+
+impl GuestMemory {
+    /// Memory that stays mapped as long as this lives.
+    pub fn new(map: GuestMemoryMmap, mappings: Vec<Arc<MmapRegion>>) -> Self {
+        Self { map, _mappings: mappings }
+    }
+
+    /// The regions by guest address.
+    pub fn map(&self) -> &GuestMemoryMmap {
+        &self.map
+    }
+}
+
+/// What one turn has done.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Progress {
+    /// Operations on files that have finished.
+    pub reaped: usize,
+    /// Chains taken from rings.
+    pub popped: usize,
+    /// Tasks that ran.
+    pub polled: usize,
+    /// Chains put on used rings.
+    pub published: usize,
+}
+
+impl Progress {
+    /// Whether anything was done; if not, the next turn would do nothing either.
+    pub fn any(&self) -> bool {
+        *self != Self::default()
+    }
+}
+
+/// A ring that was stopped.
+#[derive(Debug)]
+pub struct Stopped {
+    /// The queue's number.
+    pub index: usize,
+    /// The first entry of the available ring that was not taken.
+    pub next_available: u16,
+    /// The ring, for whoever watches its kick descriptor.
+    pub ring: Ring,
+}
+
+/// The owner of some queues. `F` is the one future type that serves a request.
+pub struct Worker<F> {
+    context: Rc<Context>,
+    serve: fn(Rc<Context>, Request, Token) -> F,
+    tasks: TaskSet<F>,
+    rings: Vec<Ring>,
+    memory: Arc<GuestMemory>,
+    /// What a buffer in guest memory holds on to.
+    keep: Rc<dyn Any>,
+    /// Which ring is looked at first; it moves on with each turn.
+    first: usize,
+}
+
+impl<F> fmt::Debug for Worker<F> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Worker").field("rings", &self.rings).finish_non_exhaustive()
+    }
+}
+
+/// A worker with at most `tasks` requests under way; `unpark` ends its sleep and may be called on
+/// any thread.
+pub fn worker(
+    context: Rc<Context>,
+    tasks: usize,
+    unpark: impl Fn() + Send + Sync + 'static,
+) -> Worker<impl Future<Output = ()>> {
+    let memory = Arc::new(GuestMemory::default());
+    Worker {
+        context,
+        serve,
+        tasks: TaskSet::new(tasks, unpark),
+        rings: Vec::new(),
+        keep: Rc::new(Arc::clone(&memory)),
+        memory,
+        first: 0,
+    }
+}
+
+impl<F: Future<Output = ()>> Worker<F> {
+    /// What the worker's requests use.
+    pub fn context(&self) -> &Context {
+        &self.context
+    }
+
+    /// The worker's way to the files.
+    pub fn storage(&self) -> &dyn Engine {
+        &*self.context.storage
+    }
+
+    /// Whether no request is under way.
+    pub fn is_idle(&self) -> bool {
+        self.tasks.is_idle()
+    }
+
+    /// Replaces the guest's memory. Requests under way keep the old mapping; rings that are served
+    /// must lie in both.
+    pub fn set_memory(&mut self, memory: Arc<GuestMemory>) {
+        self.keep = Rc::new(Arc::clone(&memory));
+        self.memory = memory;
+    }
+
+    /// Begins to serve a ring.
+    ///
+    /// # Errors
+    /// When it cannot be served as it is described.
+    pub fn start(&mut self, index: usize, setup: RingSetup) -> Result<&Ring, RingError> {
+        let ring = Ring::new(index, setup, self.memory.map())?;
+        self.rings.push(ring);
+        Ok(self.rings.last().expect("it was pushed just now"))
+    }
+
+    /// Takes no more chains from a ring; [`Worker::take_stopped`] has it once it is drained.
+    pub fn stop(&mut self, index: usize) {
+        if let Some(ring) = self.ring(index) {
+            ring.stopping = true;
+        }
+    }
+
+    /// The ring of that number, if it is served.
+    pub fn ring(&mut self, index: usize) -> Option<&mut Ring> {
+        self.rings.iter_mut().find(|ring| ring.index == index)
+    }
+
+    /// Gives back a ring that was stopped and is drained.
+    pub fn take_stopped(&mut self) -> Option<Stopped> {
+        let done = |ring: &Ring| ring.stopping && ring.is_drained();
+        let place = self.rings.iter().position(done)?;
+        let ring = self.rings.swap_remove(place);
+        Some(Stopped { index: ring.index, next_available: ring.next_available(), ring })
+    }
+
+    /// Whether a ring has no kick descriptor, so that somebody must look at it now and then.
+    pub fn has_polled_ring(&self) -> bool {
+        self.rings.iter().any(|ring| ring.kick.is_none())
+    }
+
+    /// Does everything that can be done without waiting. When nothing was done, the caller may
+    /// sleep as [`Worker::park`] says.
+    pub fn turn(&mut self) -> Progress {
+        let mut progress = Progress { reaped: self.storage().reap(), ..Progress::default() };
+        progress.popped = self.pop();
+        progress.polled = self.tasks.run_ready();
+        progress.published = self.publish();
+        if let Err(error) = self.storage().submit_all() {
+            self.context.complaints.warn("the kernel takes no operations", error);
+        }
+        progress
+    }
+
+    fn pop(&mut self) -> usize {
+        let image = self.context.device.image();
+        let write_back = self.context.device.is_write_back();
+        let mut rules =
+            Rules { size: image.size(), read_only: image.is_read_only(), write_through: false };
+        let map = self.memory.map();
+        let count = self.rings.len();
+        self.first = self.first.wrapping_add(1);
+        let mut popped = 0;
+        for turn in 0..count {
+            let ring = &mut self.rings[self.first.wrapping_add(turn) % count];
+            if !ring.is_open() || !self.tasks.has_room() {
+                continue;
+            }
+            rules.write_through = !(write_back && ring.has_flush);
+            let tasks = std::cell::RefCell::new(&mut self.tasks);
+            let result = ring.pop(
+                map,
+                || tasks.borrow().has_room(),
+                |chain, completions| {
+                    let head = chain.head_index();
+                    let parsed = parse(chain, map, &self.keep, &rules);
+                    let used = Used { head, len: parsed.writable };
+                    let token = Token::new(completions, used, parsed.status);
+                    let context = Rc::clone(&self.context);
+                    tasks.borrow_mut().spawn((self.serve)(context, parsed.request, token));
+                },
+            );
+            match result {
+                Ok(count) => popped += count,
+                Err(why) => ring.fail(&why),
+            }
+        }
+        popped
+    }
+
+    fn publish(&mut self) -> usize {
+        let mut published = 0;
+        for ring in &mut self.rings {
+            match ring.publish(self.memory.map()) {
+                Ok(count) => published += count,
+                Err(why) => ring.fail(&why),
+            }
+        }
+        published
+    }
+
+    /// Prepares for sleep and returns whether the worker may: no task is ready and no ring has
+    /// chains that could be taken. Whatever happens later ends the sleep: the guest kicks, an
+    /// operation finishes, or a waker calls `unpark`. [`Worker::unpark`] must follow.
+    pub fn park(&mut self) -> bool {
+        self.tasks.ready().park();
+        if self.tasks.ready().any() {
+            return false;
+        }
+        // Without room no chain can be taken, so no kick is wanted either.
+        if !self.tasks.has_room() {
+            return true;
+        }
+        let mut quiet = true;
+        for ring in self.rings.iter_mut().filter(|ring| ring.is_open()) {
+            match ring.arm(self.memory.map()) {
+                Ok(available) => quiet &= !available,
+                Err(why) => ring.fail(&why),
+            }
+        }
+        quiet
+    }
+
+    /// Says that the worker is awake.
+    pub fn unpark(&mut self) {
+        self.tasks.ready().unparked();
+        for ring in self.rings.iter_mut().filter(|ring| ring.is_open()) {
+            ring.quieten(self.memory.map());
+        }
+    }
+}
+
+impl<F> Drop for Worker<F> {
+    fn drop(&mut self) {
+        // The thread drains its rings before it goes. A simulated power cut does not.
+        self.rings.iter().for_each(|ring| ring.completions.abandon());
+    }
+}
