@@ -6,6 +6,7 @@ use std::io::{BufWriter, Read, Write};
 use std::ops::Range;
 use std::path::Path;
 use std::process::{Command, Output};
+use std::time::{Duration, Instant};
 
 use crate::model::{Mismatch, Model, SECTOR, Tag};
 
@@ -79,12 +80,25 @@ pub fn convert_to_raw(source: &Path, format: &str, snapshot: Option<&str>, targe
 #[must_use]
 pub fn check(path: &Path) -> Verdict {
     let arguments = [OsStr::new("check"), "-f".as_ref(), "qcow2".as_ref(), path.as_os_str()];
-    let output = run(&arguments);
+    let deadline = Instant::now() + LOCK_PATIENCE;
+    let mut output = run(&arguments);
+    while is_locked(&output) && Instant::now() < deadline {
+        std::thread::sleep(Duration::from_millis(20));
+        output = run(&arguments);
+    }
     match output.status.code() {
         Some(0) => Verdict::Clean,
         Some(3) => Verdict::Leaks,
         _ => panic!("the image is corrupt: {}", describe(&arguments, &output)),
     }
+}
+
+/// How long the kernel may take to let go of the files of a daemon that was killed with requests
+/// in its io_uring: it ends them first, after the process has gone.
+const LOCK_PATIENCE: Duration = Duration::from_secs(10);
+
+fn is_locked(output: &Output) -> bool {
+    String::from_utf8_lossy(&output.stderr).contains("Is another process using the image")
 }
 
 /// Fails the test unless `qemu-img check` finds neither corruption nor leaks.
