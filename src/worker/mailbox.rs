@@ -13,7 +13,7 @@ use crate::worker::poller::{Poller, Trigger};
 use crate::worker::queue::{RingError, RingSetup};
 use crate::worker::{GuestMemory, TASKS, Worker, worker};
 
-/// How long a worker with a ring that nobody kicks sleeps at most, in milliseconds.
+/// How long a worker that nothing would wake sleeps at most, in milliseconds.
 const POLL_INTERVAL_MS: i32 = 1;
 
 /// An order to a worker. Each is answered when it has been carried out.
@@ -129,7 +129,7 @@ impl<F: Future<Output = ()>> Thread<F> {
         let storage = self.worker.storage();
         if storage.pollable() < 0 && storage.is_busy() {
             0
-        } else if self.worker.has_polled_ring() {
+        } else if self.worker.needs_polling() {
             POLL_INTERVAL_MS
         } else {
             -1

@@ -90,6 +90,8 @@ pub struct Worker<F> {
     keep: Rc<dyn Any>,
     /// Which ring is looked at first; it moves on with each turn.
     first: usize,
+    /// The kernel took no operations when they were handed over last; they wait.
+    refused: bool,
 }
 
 impl<F> fmt::Debug for Worker<F> {
@@ -114,6 +116,7 @@ pub fn worker(
         keep: Rc::new(Arc::clone(&memory)),
         memory,
         first: 0,
+        refused: false,
     }
 }
 
@@ -170,9 +173,10 @@ impl<F: Future<Output = ()>> Worker<F> {
         Some(Stopped { index: ring.index, next_available: ring.next_available(), ring })
     }
 
-    /// Whether a ring has no kick descriptor, so that somebody must look at it now and then.
-    pub fn has_polled_ring(&self) -> bool {
-        self.rings.iter().any(|ring| ring.kick.is_none())
+    /// Whether somebody must look now and then, because nothing will end the sleep: a ring has no
+    /// kick descriptor, or operations must be handed to the kernel again.
+    pub fn needs_polling(&self) -> bool {
+        self.refused || self.rings.iter().any(|ring| ring.kick.is_none())
     }
 
     /// Does everything that can be done without waiting. When nothing was done, the caller may
@@ -182,7 +186,9 @@ impl<F: Future<Output = ()>> Worker<F> {
         progress.popped = self.pop();
         progress.polled = self.tasks.run_ready();
         progress.published = self.publish();
-        if let Err(error) = self.storage().submit_all() {
+        let submitted = self.storage().submit_all();
+        self.refused = submitted.is_err();
+        if let Err(error) = submitted {
             self.context.complaints.warn("the kernel takes no operations", error);
         }
         progress

@@ -1,5 +1,5 @@
-//! An epoll set that closes itself, and the questions about a socket that std cannot ask.
 #![expect(unsafe_code, reason = "recvmsg, ioctl and poll on a borrowed descriptor")]
+//! An epoll set that closes itself, and the questions about a socket that std cannot ask.
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};

@@ -1,9 +1,19 @@
 //! The ring itself: indices, notifications, what breaks it, and how it is given back.
 
+use std::cell::Cell;
+use std::io;
+use std::os::fd::RawFd;
+use std::rc::Rc;
 use std::sync::Arc;
 
-use vhost_user_qcow2::worker::GuestMemory;
+use vhost_user_qcow2::blk::serve::Context;
+use vhost_user_qcow2::blk::{Device, Settings};
+use vhost_user_qcow2::image::Image;
+use vhost_user_qcow2::raw::Raw;
+use vhost_user_qcow2::storage::mem::{MemDisk, MemEngine};
+use vhost_user_qcow2::storage::{Engine, FileId, Lane, Limits, Op, Pending, Purpose, Storage};
 use vhost_user_qcow2::worker::queue::RingSetup;
+use vhost_user_qcow2::worker::{GuestMemory, worker};
 use virtio_queue::QueueState;
 use vm_memory::{GuestAddress, GuestMemoryMmap};
 use vmm_sys_util::event::EventNotifier;
@@ -293,4 +303,78 @@ fn scribble(random: &mut fastrand::Rng, driver: &mut Driver) {
     if random.u8(0..100) == 0 {
         driver.store(driver.available_ring() + 2, random.u16(..));
     }
+}
+
+/// An engine whose kernel takes nothing for a while.
+struct Reluctant {
+    inner: MemEngine,
+    refusals: Cell<u32>,
+}
+
+impl Storage for Reluctant {
+    fn limits(&self, file: FileId) -> Limits {
+        self.inner.limits(file)
+    }
+
+    fn length(&self, file: FileId) -> io::Result<u64> {
+        self.inner.length(file)
+    }
+
+    fn submit(&self, file: FileId, why: Purpose, op: Op) -> Pending {
+        self.inner.submit(file, why, op)
+    }
+
+    fn lane(&self) -> Lane {
+        self.inner.lane()
+    }
+}
+
+impl Engine for Reluctant {
+    fn reap(&self) -> usize {
+        if self.refusals.get() == 0 { self.inner.reap() } else { 0 }
+    }
+
+    fn submit_all(&self) -> io::Result<()> {
+        let left = self.refusals.get();
+        self.refusals.set(left.saturating_sub(1));
+        if left == 0 { Ok(()) } else { Err(io::ErrorKind::ResourceBusy.into()) }
+    }
+
+    fn is_busy(&self) -> bool {
+        self.inner.is_busy()
+    }
+
+    fn pollable(&self) -> RawFd {
+        -1
+    }
+
+    fn wait(&self) -> io::Result<()> {
+        self.inner.wait()
+    }
+}
+
+#[test]
+fn operations_that_the_kernel_refused_are_handed_over_again() {
+    let disk = MemDisk::new();
+    let file = disk.add("disk", vec![5; 4096]);
+    let engine = Rc::new(Reluctant { inner: disk.engine(1, 0), refusals: Cell::new(3) });
+    let image = Arc::new(Image::from_raw(Raw::new(file, 4096), false));
+    let device = Arc::new(Device::new(image, Settings::default()));
+    let mut worker = worker(Rc::new(Context::new(device, engine)), 4, || {});
+    let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 4 << 20)]).expect("memory");
+    worker.set_memory(Arc::new(GuestMemory::new(memory.clone(), Vec::new())));
+    let mut driver = Driver::new(&memory, RINGS, 16);
+    let (kick, _kicker) = event();
+    let state = driver.state(false);
+    let setup = RingSetup { state, kick: Some(kick), call: None, error: None, has_flush: true };
+    worker.start(0, setup).expect("the ring is served");
+    driver.write(HEADER, &header(IN, 0));
+    driver.send(&[(HEADER, 16, false), (DATA, 512, true), (STATUS, 1, true)]);
+    for _ in 0..3 {
+        worker.turn();
+        assert!(worker.needs_polling(), "nobody would wake the worker");
+    }
+    while worker.turn().any() {}
+    assert!(!worker.needs_polling());
+    assert_eq!(driver.used().len(), 1);
 }

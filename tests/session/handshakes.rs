@@ -3,7 +3,7 @@
 use std::os::fd::AsRawFd;
 
 use super::driver::{IN, event, was_signalled};
-use super::front_end::{PROTOCOL, VIRTIO, features, request as R};
+use super::front_end::{FrontEnd, PROTOCOL, VIRTIO, features, request as R};
 use super::guest::{DATA, Guest};
 use super::server::{Options, Server};
 
@@ -52,7 +52,13 @@ fn qemus_handshake() {
         }
         assert_eq!(front_end.base(0), 2);
     }
-    // The kernel after it knows everything; stop and cont go on where it was.
+    drive_two_queues(&mut front_end, &mut guest);
+    server.end();
+}
+
+/// What QEMU says when the kernel follows the firmware, and at each stop and cont.
+fn drive_two_queues(front_end: &mut FrontEnd, guest: &mut Guest) {
+    // The kernel knows everything; stop and cont go on where it was.
     front_end.tell(R::SET_FEATURES, &features().to_ne_bytes());
     for queue in 0..2 {
         guest.restart(queue);
@@ -61,9 +67,9 @@ fn qemus_handshake() {
         for queue in 0..2 {
             front_end.state(R::SET_VRING_NUM, queue, 64);
             front_end.state(R::SET_VRING_BASE, queue, u32::from(guest.rings[queue as usize].seen));
-            front_end.addresses(&guest, queue);
-            front_end.call(&guest, queue);
-            front_end.kick(&guest, queue);
+            front_end.addresses(guest, queue);
+            front_end.call(guest, queue);
+            front_end.kick(guest, queue);
         }
         for queue in 0..2 {
             assert_eq!(front_end.acknowledged_state(R::SET_VRING_ENABLE, queue, 1), 0);
@@ -77,7 +83,6 @@ fn qemus_handshake() {
             assert_eq!(front_end.base(queue), u32::from(guest.rings[queue as usize].seen));
         }
     }
-    server.end();
 }
 
 #[test]
