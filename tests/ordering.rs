@@ -358,6 +358,45 @@ fn r7_a_cluster_rests_until_those_who_may_look_at_it_have_ended() {
 }
 
 #[test]
+fn r7_holds_for_a_table_that_a_write_zeroes_looks_at() {
+    // A table of two slices, so that the loads of two requests do not wait for each other; it must
+    // be copied although its refcount is one, since its flag says that it is shared.
+    let second = 1 << 16;
+    let disk = Layout::new(16, second + 4096, Kind::Empty).make(0).disk();
+    let engine = disk.engine(0, 0);
+    let image = open(&engine, &disk, false).expect("open");
+    block_on(&engine, write(&image, &engine, 0, &bytes_of(0, &[5; 128])));
+    block_on(&engine, image.close(&engine)).expect("close");
+    let mut bytes = disk.content(FILE);
+    let l1 = index(u64::from_be_bytes(bytes[40..48].try_into().expect("eight bytes")));
+    bytes[l1] &= 0x7f;
+    let table = u64::from_be_bytes(bytes[l1..l1 + 8].try_into().expect("eight bytes"));
+    let disk = MemDisk::new();
+    disk.add(IMAGE, bytes);
+    let (slow, fast) = (disk.engine(1, 0), disk.engine(2, 0));
+    let image = open(&fast, &disk, false).expect("open");
+    let mut zero = Box::pin(image.write_zeroes(&slow, guest(1), 512, false));
+    disk.start_trace();
+    assert!(poll(&mut zero).is_pending(), "the table is being loaded");
+    block_on(&fast, async {
+        for step in 1..20 {
+            let sector = second + step * 128;
+            write(&image, &fast, sector, &bytes_of(sector, &[9; 128])).await;
+            image.flush(&fast).await.expect("flush");
+        }
+    });
+    let touches = |event: &&Event| event.at <= table && table < event.at + event.len;
+    let trace = disk.take_trace();
+    let changes = trace.iter().filter(|event| event.effect != Effect::None).filter(touches);
+    assert_eq!(changes.count(), 0, "the table was touched under a slow request");
+    block_on(&slow, zero).expect("the write-zeroes ends");
+    block_on(&fast, image.close(&fast)).expect("close");
+    let trace = disk.take_trace();
+    let freed = submitted(&trace, Purpose::GuestDiscard).into_iter().filter(touches).count();
+    assert!(freed > 0, "the table was never given back");
+}
+
+#[test]
 fn r8_an_entry_changes_only_after_its_cluster_was_written() {
     let (disk, image, _) = one_cluster();
     let (slow, fast) = (disk.engine(1, 0), disk.engine(2, 0));
@@ -478,6 +517,25 @@ fn r12_after_a_failed_sync_nothing_is_acknowledged() {
             zero.expect_err("a write-zeroes after the failure");
         }
         block_on(&engine, image.close(&engine)).expect_err("the close says so as well");
+    }
+}
+
+#[test]
+fn r12_holds_for_the_autoclear_bits() {
+    for purpose in [Purpose::HeaderWrite, Purpose::SyncHeader] {
+        let mut made = Layout::new(12, 800, Kind::Plain).make(0);
+        made.image()[88] = 4;
+        let disk = made.disk();
+        let faults = Faults::new();
+        let engine = Fault::new(disk.engine(0, 0), faults.clone());
+        let image = open(&engine, &disk, false).expect("open");
+        faults.add(Rule { purpose: Some(purpose), ..Rule::fail(1, 5) });
+        for _ in 0..3 {
+            let buf = Buf::copy_of(&[2; 512]);
+            let write = block_on(&engine, image.write(&engine, guest(0), buf));
+            write.expect_err("the write that fails, and all after it");
+        }
+        assert_eq!(faults.fired(), 1, "{purpose:?}");
     }
 }
 

@@ -28,6 +28,7 @@ impl Image {
             Layer::Raw(raw) => return raw.zero(st, at, len, unmap).await,
             Layer::Qcow2(image) => image,
         };
+        let _stay = image.epochs().enter(st.lane());
         if !image.can_zero(unmap) {
             return self.write_zero_bytes(st, at, len).await;
         }
@@ -49,6 +50,7 @@ impl Image {
         match self.chain.top() {
             Layer::Raw(raw) => raw.discard(st, at, len).await,
             Layer::Qcow2(image) => {
+                let _stay = image.epochs().enter(st.lane());
                 let (start, end) = self.whole_clusters(image, at, len);
                 self.erase(st, image, start, end, Erase::Discard).await
             }

@@ -299,15 +299,22 @@ impl Qcow2 {
         let kept = if self.has_data_file() { AUTOCLEAR_RAW_DATA } else { 0 };
         let autoclear = self.header.autoclear & kept;
         if self.header.version >= 3 && autoclear != self.header.autoclear {
-            let buf = Buf::copy_of(&autoclear.to_be_bytes());
-            let write = Op::Write { at: AUTOCLEAR_AT, buf };
-            let done = st.submit(self.file, Purpose::HeaderWrite, write).await;
-            done.map_err(|source| Error::io("clearing autoclear bits", source))?;
-            let done = st.submit(self.file, Purpose::SyncHeader, Op::Sync).await;
-            done.map_err(|source| Error::io("clearing autoclear bits", source))?;
+            self.check_poison()?;
+            if let Err(error) = self.write_autoclear(st, autoclear).await {
+                self.poison(&error);
+                return Err(error);
+            }
         }
         self.writing.store(true, Ordering::Release);
         Ok(())
+    }
+
+    async fn write_autoclear(&self, st: &dyn Storage, autoclear: u64) -> Result<()> {
+        let failed = |source| Error::io("clearing autoclear bits", source);
+        let buf = Buf::copy_of(&autoclear.to_be_bytes());
+        let write = Op::Write { at: AUTOCLEAR_AT, buf };
+        st.submit(self.file, Purpose::HeaderWrite, write).await.map_err(failed)?;
+        st.submit(self.file, Purpose::SyncHeader, Op::Sync).await.map_err(failed)
     }
 
     /// Flushes when so much is dirty, or at rest in limbo, that more should wait.
