@@ -281,9 +281,10 @@ impl Sector {
                 self.or_zeroes = false;
             }
         } else if self.recent.len() > after_last_set {
-            // They are not durable yet, so only the newest outcome is known.
-            for change in &mut self.recent[after_last_set..] {
-                change.effect = Effect::Set(Tag::ZEROES);
+            // Which of several discards has zeroed it is not known, so a flush that covers the
+            // earlier ones alone may still find the old content; after the newest it is zeroes.
+            if let Some(newest) = self.recent.last_mut() {
+                newest.effect = Effect::Set(Tag::ZEROES);
             }
         } else {
             (self.settled, self.or_zeroes) = (Tag::ZEROES, false);

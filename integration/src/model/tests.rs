@@ -63,3 +63,22 @@ fn a_crash_settles_what_was_seen() {
     assert!(model.check_read(0, &content(new, 0)).is_err());
     assert!(model.check_read(0, &content(old, 0)).is_ok());
 }
+
+#[test]
+fn a_flush_between_two_discards_does_not_settle_what_only_the_second_has_done() {
+    let (old, zeroes) = (Tag::new(7, 1), Tag::ZEROES);
+    let mut model = Model::new(7, 1);
+    model.begin(0..1, Effect::Set(old));
+    model.finish(0..1);
+    let discard = |model: &mut Model| {
+        model.begin(0..1, Effect::PerhapsZeroes);
+        model.finish(0..1);
+    };
+    discard(&mut model);
+    let flush = model.begin_flush();
+    discard(&mut model);
+    assert!(model.check_read(0, &content(zeroes, 0)).is_ok());
+    model.finish_flush(flush);
+    assert!(model.check_read(0, &content(old, 0)).is_err());
+    assert!(model.check_after_crash(0, &content(old, 0)).is_ok(), "the second was not flushed");
+}
