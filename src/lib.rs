@@ -28,7 +28,12 @@
 //!   Everything that touches a file goes through it, so a test owns time and failure.
 //! - [`qcow2`], [`raw`]: where a guest's byte lives. `qcow2/ORDERING.md` states which bytes must be
 //!   durable before which others.
-//! - [`image`]: the chain of layers as one disk: read, write, discard, write-zeroes, flush.
+//! - [`image`]: the chain of layers as one disk: read, write, discard, write-zeroes, flush; and
+//!   the gate that decides which other files a header may have opened.
+//! - [`blk`]: the virtio-blk device: its configuration, requests taken apart and served.
+//! - [`worker`]: one thread's rings and tasks; [`worker::Worker::turn`] is the whole of its life.
+//! - [`vhost`]: the socket, the front-end's messages, guest memory.
+//! - [`cli`]: flags, logging, from start to SIGTERM.
 //!
 //! # A read, down and up
 //!
