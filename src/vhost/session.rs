@@ -1,7 +1,7 @@
 //! From vhost-user messages to orders for the workers.
 //!
 //! A ring is served while the front-end has described it in full, has enabled it, and its memory is
-//! there. Every message changes a part of that picture and then [`Session::settle`] makes the
+//! there. Every message changes a part of that picture and then `Session::settle` makes the
 //! workers agree with it. A ring is always drained before it is given back: on GET_VRING_BASE,
 //! SET_VRING_ENABLE 0, RESET_DEVICE, a change of memory, and the end of the connection.
 
