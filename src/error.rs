@@ -86,6 +86,9 @@ pub enum CorruptKind {
     /// `cluster_bits` outside 9..=21.
     #[error("cluster_bits is {0}, must be 9 to 21")]
     ClusterBits(u32),
+    /// Extended L2 entries with clusters below 16 KiB: a subcluster would be less than a sector.
+    #[error("cluster_bits is {0}, extended L2 entries need at least 14")]
+    SubclusterSize(u32),
     /// `refcount_order` over 6.
     #[error("refcount_order is {0}, must be at most 6")]
     RefcountOrder(u32),
@@ -174,6 +177,14 @@ pub enum CorruptKind {
         guest: u64,
         /// The entry.
         entry: u64,
+    },
+    /// The subcluster bitmap of an extended L2 entry contradicts itself or its entry.
+    #[error("the subclusters of guest offset {guest:#x} are {bitmap:#018x}")]
+    Subclusters {
+        /// Guest offset the entry maps.
+        guest: u64,
+        /// The bitmap: allocated in the low half, zero in the high half.
+        bitmap: u64,
     },
     /// A refcount table entry has reserved bits or an unaligned offset.
     #[error("refcount table entry {index} is {entry:#018x}")]

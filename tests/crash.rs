@@ -206,6 +206,9 @@ layouts! {
     version_2_over_raw: 4_000, Layout::new(9, 192, Kind::OverRaw(250)).version_2();
     over_compressed: 6_000, Layout::new(12, 320, Kind::OverCompressed("zstd"));
     compressed: 6_000, Layout::new(12, 320, Kind::Compressed("zlib"));
+    extended: 6_000, Layout::new(14, 640, Kind::Plain).extended();
+    extended_over_raw: 4_000, Layout::new(14, 640, Kind::OverRaw(500)).extended();
+    extended_snapshots: 4_000, Layout::new(14, 640, Kind::Snapshots).extended();
     snapshots: 8_000, Layout::new(9, 192, Kind::Snapshots);
     snapshots_of_4_kib: 4_000, Layout::new(12, 320, Kind::Snapshots);
     data_file: 4_000, Layout::new(12, 320, Kind::DataFile { raw: false });

@@ -217,6 +217,7 @@ layouts! {
     version_2_over_raw: 60, Layout::new(12, 320, Kind::OverRaw(250)).version_2();
     compressed: 60, Layout::new(12, 320, Kind::Compressed("zlib"));
     chain: 60, Layout::new(12, 320, Kind::Chain);
+    extended_chain: 40, Layout::new(14, 640, Kind::Chain).extended();
     snapshots: 60, Layout::new(9, 192, Kind::Snapshots);
     data_file: 60, Layout::new(12, 320, Kind::DataFile { raw: false });
     raw_data_file: 60, Layout::new(12, 320, Kind::DataFile { raw: true });

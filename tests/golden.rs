@@ -28,6 +28,29 @@ enum Flavour {
     Snapshot,
     Preallocated(&'static str),
     LazyRefcounts,
+    Extended,
+    ExtendedOverQcow2,
+    ExtendedSnapshot,
+    ExtendedZstd,
+}
+
+impl Flavour {
+    fn is_extended(self) -> bool {
+        use Flavour::{Extended, ExtendedOverQcow2, ExtendedSnapshot, ExtendedZstd};
+        matches!(self, Extended | ExtendedOverQcow2 | ExtendedSnapshot | ExtendedZstd)
+    }
+
+    fn is_over_qcow2(self) -> bool {
+        matches!(self, Flavour::OverQcow2 | Flavour::ExtendedOverQcow2)
+    }
+
+    fn is_compressed(self) -> bool {
+        matches!(self, Flavour::Zlib | Flavour::Zstd | Flavour::ExtendedZstd)
+    }
+
+    fn has_snapshot(self) -> bool {
+        matches!(self, Flavour::Snapshot | Flavour::ExtendedSnapshot)
+    }
 }
 
 /// One point of the matrix.
@@ -46,8 +69,11 @@ impl Point {
         let new_only = matches!(
             self.flavour,
             Flavour::Zstd | Flavour::DataFile | Flavour::RawDataFile | Flavour::LazyRefcounts
-        );
-        let shared = self.flavour == Flavour::Snapshot;
+        ) || self.flavour.is_extended();
+        let shared = self.flavour.has_snapshot();
+        if self.flavour.is_extended() && self.cluster < 16384 {
+            return false;
+        }
         !(old && (new_only || self.refcount_bits != 16)) && !(shared && self.refcount_bits == 1)
     }
 
@@ -65,6 +91,11 @@ impl Point {
             Flavour::DataFile => ",data_file=guest.data",
             Flavour::RawDataFile => ",data_file=guest.data,data_file_raw=on",
             Flavour::LazyRefcounts => ",lazy_refcounts=on",
+            Flavour::Extended | Flavour::ExtendedSnapshot => ",extended_l2=on",
+            Flavour::ExtendedZstd => ",extended_l2=on,compression_type=zstd",
+            Flavour::ExtendedOverQcow2 => {
+                ",extended_l2=on,backing_file=base.qcow2,backing_fmt=qcow2"
+            }
             Flavour::Preallocated(how) => &format!(",preallocation={how}"),
             _ => "",
         };
@@ -81,19 +112,19 @@ impl Point {
                 random.fill(&mut base);
                 dir.write("base.raw", &base);
             }
-            Flavour::OverQcow2 => {
+            flavour if flavour.is_over_qcow2() => {
                 dir.img(&["create", "-q", "-f", "qcow2", "base.qcow2", "12M"]);
                 dir.io("base.qcow2", &patterns(random, 12 << 20, false));
             }
             _ => {}
         }
         dir.img(&["create", "-q", "-f", "qcow2", "-o", &self.options(), IMAGE, &size.to_string()]);
-        if matches!(self.flavour, Flavour::Zlib | Flavour::Zstd) {
+        if self.flavour.is_compressed() {
             dir.io(IMAGE, &compressed(random, size, self.cluster));
         }
         let whole = !matches!(self.flavour, Flavour::DataFile | Flavour::RawDataFile);
         dir.io(IMAGE, &patterns(random, size, whole));
-        if self.flavour == Flavour::Snapshot {
+        if self.flavour.has_snapshot() {
             dir.img(&["snapshot", "-c", "one", IMAGE]);
             dir.io(IMAGE, &patterns(random, size, true));
         }
@@ -174,7 +205,7 @@ fn golden(point: Point, seed: u64) {
     assert!(read_all(&engine, &image).expect("read") == bytes, "we read other bytes");
     change(&disk, &image, &mut bytes, &mut random);
     assert!(read_all(&engine, &image).expect("read") == bytes, "we read back other bytes");
-    let snapshot = (point.flavour == Flavour::Snapshot).then(|| dir.snapshot_bytes(IMAGE, "one"));
+    let snapshot = point.flavour.has_snapshot().then(|| dir.snapshot_bytes(IMAGE, "one"));
     let dir = Dir::of(&disk);
     let (verdict, printed) = dir.check(IMAGE);
     assert_eq!(verdict, Verdict::Clean, "{printed}");
@@ -205,6 +236,10 @@ fn matrix(test: &str, cluster: usize) {
         Flavour::Preallocated("metadata"),
         Flavour::Preallocated("falloc"),
         Flavour::LazyRefcounts,
+        Flavour::Extended,
+        Flavour::ExtendedOverQcow2,
+        Flavour::ExtendedSnapshot,
+        Flavour::ExtendedZstd,
     ];
     let mut made = 0;
     for seed in seeds(1) {
@@ -271,4 +306,38 @@ fn header_extensions_and_unknown_fields_survive_byte_for_byte() {
     block_on(&engine, image.close(&engine)).expect("close");
     assert!(disk.look(IMAGE, |now| now[..65_536] == before).expect("the image"));
     assert_eq!(Dir::of(&disk).check(IMAGE).0, Verdict::Clean);
+}
+
+#[test]
+fn a_small_write_allocates_the_subclusters_it_touches_and_no_other() {
+    let dir = Dir::new();
+    dir.img(&["create", "-q", "-f", "qcow2", "base.qcow2", "1M"]);
+    dir.io("base.qcow2", &["write -q -P 7 0 1M".to_owned()]);
+    let backed = "extended_l2=on,backing_file=base.qcow2,backing_fmt=qcow2";
+    dir.img(&["create", "-q", "-f", "qcow2", "-o", backed, IMAGE, "1M"]);
+    let disk = load(&dir);
+    let engine = disk.engine(0, 0);
+    let image = open(&engine, &disk, false).expect("open");
+    let mut bytes = dir.guest_bytes(IMAGE);
+    // Subclusters have 2 KiB: one byte over an edge takes two of them, and zeros take one away.
+    for (at, len) in [(65_536 + 4096, 512), (131_072 - 512, 1024)] {
+        bytes[at..at + len].fill(1);
+        let write =
+            image.write(&engine, GuestOffset(at as u64), Buf::copy_of(&bytes[at..at + len]));
+        block_on(&engine, write).expect("write");
+    }
+    bytes[131_072..133_120].fill(0);
+    block_on(&engine, image.write_zeroes(&engine, GuestOffset(131_072), 2048, true)).expect("zero");
+    block_on(&engine, image.close(&engine)).expect("close");
+    let dir = Dir::of(&disk);
+    assert_eq!(dir.check(IMAGE).0, Verdict::Clean);
+    assert!(dir.guest_bytes(IMAGE) == bytes, "qemu-img reads other bytes");
+    let map = dir.img(&["map", "--output=json", IMAGE]);
+    let own: Vec<&str> = map.lines().filter(|line| line.contains("\"depth\": 0")).collect();
+    let expected = [(69_632, 2048, true), (129_024, 2048, true), (131_072, 2048, false)];
+    assert_eq!(own.len(), expected.len(), "{map}");
+    for (line, (start, length, data)) in own.iter().zip(expected) {
+        let start = format!("\"start\": {start}, \"length\": {length}");
+        assert!(line.contains(&start) && line.contains(&format!("\"data\": {data}")), "{map}");
+    }
 }

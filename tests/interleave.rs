@@ -96,6 +96,10 @@ layouts! {
     chain: 600, Layout::new(13, 800, Kind::Chain);
     over_compressed: 300, Layout::new(12, 800, Kind::OverCompressed("zlib"));
     compressed: 600, Layout::new(13, 800, Kind::Compressed("zstd"));
+    extended: 400, Layout::new(14, 800, Kind::Plain).extended();
+    extended_chain: 400, Layout::new(14, 800, Kind::Chain).extended();
+    extended_snapshots: 300, Layout::new(15, 800, Kind::Snapshots).extended();
+    extended_data_file: 200, Layout::new(14, 800, Kind::DataFile { raw: false }).extended();
     snapshots: 600, Layout::new(9, 600, Kind::Snapshots);
     snapshots_of_4_kib: 400, Layout::new(12, 800, Kind::Snapshots);
     data_file: 400, Layout::new(12, 800, Kind::DataFile { raw: false });

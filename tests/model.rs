@@ -153,6 +153,14 @@ layouts! {
     snapshots_with_wide_counts: 4, Layout::new(12, 6000, Kind::Snapshots).with_refcount_bits(64);
     snapshots_with_counts_of_four_bits: 4,
         Layout::new(12, 6000, Kind::Snapshots).with_refcount_bits(4);
+    extended: 6, Layout::new(14, 6000, Kind::Plain).extended();
+    extended_chain: 6, Layout::new(16, 6000, Kind::Chain).extended();
+    extended_over_zstd: 4, Layout::new(16, 6000, Kind::OverCompressed("zstd")).extended();
+    extended_compressed: 4, Layout::new(15, 6000, Kind::Compressed("zlib")).extended();
+    extended_snapshots: 6, Layout::new(14, 6000, Kind::Snapshots).extended();
+    extended_data_file: 4, Layout::new(16, 6000, Kind::DataFile { raw: false }).extended();
+    extended_raw_data_file: 4, Layout::new(14, 6000, Kind::DataFile { raw: true }).extended();
+    extended_preallocated: 4, Layout::new(14, 6000, Kind::Preallocated("metadata")).extended();
     preallocated_metadata: 4, Layout::new(12, 6000, Kind::Preallocated("metadata"));
     preallocated_with_falloc: 4, Layout::new(16, 6000, Kind::Preallocated("falloc"));
     preallocated_with_full: 4, Layout::new(16, 6000, Kind::Preallocated("full"));

@@ -32,7 +32,7 @@ impl Image {
         if !image.can_zero(unmap) {
             return self.write_zero_bytes(st, at, len).await;
         }
-        let (start, end) = self.whole_clusters(image, at, len);
+        let (start, end) = self.whole_units(image.zero_granularity(), at, len);
         if start.0 >= end {
             return self.write_zero_bytes(st, at, len).await;
         }
@@ -51,7 +51,7 @@ impl Image {
             Layer::Raw(raw) => raw.discard(st, at, len).await,
             Layer::Qcow2(image) => {
                 let _stay = image.epochs().enter(st.lane());
-                let (start, end) = self.whole_clusters(image, at, len);
+                let (start, end) = self.whole_units(image.cluster_size(), at, len);
                 self.erase(st, image, start, end, Erase::Discard).await
             }
         }
@@ -66,20 +66,24 @@ impl Image {
         how: Erase,
     ) -> Result<()> {
         while at.0 < end {
-            let handled = image.erase(st, at, end - at.0, how).await?;
+            let mut handled = image.erase(st, at, end - at.0, how).await?;
+            if handled == 0 {
+                let cluster = image.cluster_size();
+                handled = (end - at.0).min(cluster - at.within(cluster));
+                self.write_zero_bytes(st, at, handled).await?;
+            }
             at = at + handled;
         }
         Ok(())
     }
 
-    /// The part of a range that is whole clusters; the disk's last cluster is whole when the range
+    /// The part of a range that is whole units; the disk's last unit is whole when the range
     /// reaches the disk's end. Empty when the first is not below the second.
-    fn whole_clusters(&self, image: &Qcow2, at: GuestOffset, len: u64) -> (GuestOffset, u64) {
-        let cluster = image.cluster_size();
-        let start = crate::bytes::round_up(at.0, cluster);
+    fn whole_units(&self, unit: u64, at: GuestOffset, len: u64) -> (GuestOffset, u64) {
+        let start = crate::bytes::round_up(at.0, unit);
         let end = at.0 + len;
         let whole_end =
-            if end >= image.size() { image.size() } else { crate::bytes::round_down(end, cluster) };
+            if end >= self.size { self.size } else { crate::bytes::round_down(end, unit) };
         (GuestOffset(start), whole_end)
     }
 

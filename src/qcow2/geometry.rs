@@ -1,7 +1,8 @@
 //! Sizes that follow from the header: how offsets fall into clusters, tables and slices.
 
 use crate::bytes::{GuestOffset, HostOffset};
-use crate::qcow2::format::EntryRules;
+use crate::qcow2::fill::Units;
+use crate::qcow2::format::{EntryRules, SUBCLUSTERS};
 
 /// Tables are loaded and written in pieces of at most this many bytes.
 const SLICE_BYTES_LOG2: u32 = 12;
@@ -46,9 +47,33 @@ impl Geometry {
         self.cluster_bits - self.slice_bits()
     }
 
+    /// log2 of the bytes of an L2 entry.
+    pub fn l2_entry_bits(&self) -> u32 {
+        if self.rules.extended { 4 } else { 3 }
+    }
+
     /// log2 of the entries in an L2 table.
     pub fn l2_bits(&self) -> u32 {
-        self.cluster_bits - 3
+        self.cluster_bits - self.l2_entry_bits()
+    }
+
+    /// log2 of the entries in a slice of an L2 table.
+    pub fn l2_slice_entry_bits(&self) -> u32 {
+        self.slice_bits() - self.l2_entry_bits()
+    }
+
+    /// log2 of the unit in bytes in which a cluster is filled: a subcluster, or all of it.
+    pub fn fill_bits(&self) -> u32 {
+        if self.rules.extended {
+            self.cluster_bits - SUBCLUSTERS.ilog2()
+        } else {
+            self.cluster_bits
+        }
+    }
+
+    /// The sizes of the units in which clusters are filled.
+    pub(super) fn units(&self) -> Units {
+        Units { cluster_bits: self.cluster_bits, fill_bits: self.fill_bits() }
     }
 
     /// Guest bytes that one L2 table maps.
@@ -93,12 +118,12 @@ impl Geometry {
 
     /// The slice (counted over all L2 tables) that holds the entry of `cluster`.
     pub fn l2_slice(&self, cluster: GuestCluster) -> u64 {
-        cluster.0 >> (self.slice_bits() - 3)
+        cluster.0 >> self.l2_slice_entry_bits()
     }
 
-    /// The place of `cluster`'s entry in its slice.
+    /// The place of `cluster`'s entry in its slice, counted in entries.
     pub fn l2_slot(&self, cluster: GuestCluster) -> usize {
-        let mask = (self.slice_size() >> 3) - 1;
+        let mask = (1 << self.l2_slice_entry_bits()) - 1;
         usize::try_from(cluster.0 & mask).expect("a slice is small")
     }
 }

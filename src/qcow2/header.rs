@@ -26,6 +26,8 @@ pub const REFTABLE_LIMIT: u64 = 8 << 20;
 const SNAPSHOT_LIMIT: u64 = 65536;
 /// Longest backing file name in bytes.
 const NAME_LIMIT: u64 = 1023;
+/// Smallest log2 of the cluster size with extended L2 entries: a subcluster is a sector or more.
+const EXTENDED_LEAST_BITS: u32 = 14;
 /// More header extensions than any writer makes.
 const EXTENSION_LIMIT: usize = 256;
 
@@ -193,7 +195,11 @@ pub fn parse(name: &str, bytes: &[u8]) -> Result<Header> {
     }
     let cluster_bits = fields.u32(20).map_err(corrupt)?;
     let data_file = features.incompatible & format::INCOMPATIBLE_DATA_FILE != 0;
-    let rules = EntryRules { cluster_bits, version, data_file };
+    let extended = features.incompatible & format::INCOMPATIBLE_EXTENDED_L2 != 0;
+    if extended && cluster_bits < EXTENDED_LEAST_BITS {
+        return Err(corrupt(CorruptKind::SubclusterSize(cluster_bits)));
+    }
+    let rules = EntryRules { cluster_bits, version, data_file, extended };
     let header = Header {
         version,
         geometry: Geometry { cluster_bits, refcount_order, rules },
@@ -293,7 +299,8 @@ fn refuse_unserved(
     let known = format::INCOMPATIBLE_DIRTY
         | format::INCOMPATIBLE_CORRUPT
         | format::INCOMPATIBLE_DATA_FILE
-        | format::INCOMPATIBLE_COMPRESSION;
+        | format::INCOMPATIBLE_COMPRESSION
+        | format::INCOMPATIBLE_EXTENDED_L2;
     let unknown = features.incompatible & !known;
     if unknown == 0 {
         return Ok(());
@@ -372,9 +379,6 @@ impl<'a> Extensions<'a> {
 
     /// The name of an incompatible feature bit, from the image's own table where it has one.
     fn feature(&self, bit: u32) -> String {
-        if 1_u64.checked_shl(bit) == Some(format::INCOMPATIBLE_EXTENDED_L2) {
-            return "extended L2 entries".to_owned();
-        }
         let table = self.0.iter().find(|(kind, _)| *kind == format::EXTENSION_FEATURE_NAMES);
         let named = table.and_then(|(_, table)| {
             let entry = table.chunks_exact(48).find(|entry| {

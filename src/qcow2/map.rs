@@ -6,7 +6,7 @@
 use crate::bytes::{GuestOffset, HostOffset};
 use crate::error::{CorruptKind, Error, Result};
 use crate::qcow2::Qcow2;
-use crate::qcow2::format::{COPIED, Cluster, Compressed, OFFSET_MASK};
+use crate::qcow2::format::{COPIED, Cluster, Compressed, L2Entry, OFFSET_MASK};
 use crate::qcow2::geometry::GuestCluster;
 use crate::qcow2::table::Slice;
 use crate::storage::{Buf, FileId, Op, Purpose, Storage};
@@ -92,7 +92,7 @@ impl Qcow2 {
     fn window(&self, at: GuestOffset, len: u64) -> (Slice, Window) {
         let first = self.geometry.guest_cluster(at);
         let slot = self.geometry.l2_slot(first);
-        let in_slice = (self.geometry.slice_size() >> 3) - slot as u64;
+        let in_slice = (1 << self.geometry.l2_slice_entry_bits()) - slot as u64;
         let last = (at.0 + len - 1) >> self.geometry.cluster_bits;
         let count = (last - first.0 + 1).min(in_slice);
         let count = usize::try_from(count).expect("a slice is small");
@@ -100,8 +100,18 @@ impl Qcow2 {
     }
 
     fn parse(&self, words: &[AtomicU64], window: &Window, step: usize) -> Result<Cluster> {
-        let entry = u64::from_be(words[window.slot + step].load(Ordering::Relaxed));
+        let entry = self.entry(words, window.slot + step);
         self.cluster(entry, GuestCluster(window.first.0 + step as u64))
+    }
+
+    /// The entry in a place of a slice.
+    pub(super) fn entry(&self, words: &[AtomicU64], slot: usize) -> L2Entry {
+        let word = |at: usize| u64::from_be(words[at].load(Ordering::Relaxed));
+        if self.geometry.rules.extended {
+            L2Entry { word: word(2 * slot), bitmap: word(2 * slot + 1) }
+        } else {
+            L2Entry { word: word(slot), bitmap: 0 }
+        }
     }
 
     /// What the L2 entry of a guest cluster says.
@@ -109,15 +119,15 @@ impl Qcow2 {
     /// # Errors
     /// `Corrupt` when it contradicts the format, or leads behind the end of the file: an entry is
     /// written only after its cluster.
-    pub(super) fn cluster(&self, entry: u64, cluster: GuestCluster) -> Result<Cluster> {
+    pub(super) fn cluster(&self, entry: L2Entry, cluster: GuestCluster) -> Result<Cluster> {
         let guest = self.geometry.guest_start(cluster);
         let corrupt = |kind| Error::corrupt("L2 table", kind);
         let parsed = self.geometry.rules.parse(entry, guest).map_err(corrupt)?;
-        if let Cluster::Data { at, .. } | Cluster::ZeroAllocated { at, .. } = parsed
+        if let Some(at) = parsed.host()
             && !self.has_data_file()
             && self.geometry.host_cluster(at).0 >= self.allocator.frontier()
         {
-            return Err(corrupt(CorruptKind::L2Entry { guest: guest.0, entry }));
+            return Err(corrupt(CorruptKind::L2Entry { guest: guest.0, entry: entry.word }));
         }
         Ok(parsed)
     }
@@ -160,6 +170,9 @@ impl Qcow2 {
         let cluster = self.geometry.cluster_size();
         let first = self.parse(words, window, 0)?;
         let skip = at.within(cluster);
+        if let Cluster::Mixed { at, allocated, zero, .. } = first {
+            return Ok(self.mixed_extent(at, (allocated, zero), skip, len));
+        }
         let mut run = 1;
         while run < window.count {
             let next = self.parse(words, window, run)?;
@@ -183,8 +196,31 @@ impl Qcow2 {
             Cluster::Data { at, .. } => Extent::Data { file: self.data, at: at + skip, len },
             Cluster::ZeroPlain | Cluster::ZeroAllocated { .. } => Extent::Zero { len },
             Cluster::Compressed(place) => Extent::Compressed(CompressedExtent { place, skip, len }),
-            Cluster::Unallocated => Extent::Backing { len },
+            Cluster::Unallocated | Cluster::Mixed { .. } => Extent::Backing { len },
         })
+    }
+
+    /// The subclusters from `skip` on that are of one kind, within their cluster.
+    fn mixed_extent(
+        &self,
+        host: Option<HostOffset>,
+        (allocated, zero): (u32, u32),
+        skip: u64,
+        len: u64,
+    ) -> Extent {
+        let bits = self.geometry.fill_bits();
+        let first = skip >> bits;
+        let run = |set: u32| {
+            let subclusters = u64::from((set >> first).trailing_ones());
+            len.min(((first + subclusters) << bits) - skip)
+        };
+        match host {
+            Some(at) if allocated >> first & 1 == 1 => {
+                Extent::Data { file: self.data, at: at + skip, len: run(allocated) }
+            }
+            _ if zero >> first & 1 == 1 => Extent::Zero { len: run(zero) },
+            _ => Extent::Backing { len: run(!(allocated | zero)) },
+        }
     }
 
     /// As [`Qcow2::lookup`], loading the table if need be.
@@ -222,8 +258,16 @@ impl Qcow2 {
         len: u64,
     ) -> Result<WriteTarget> {
         let cluster = self.geometry.cluster_size();
-        let Cluster::Data { at: host, copied: true } = self.parse(words, window, 0)? else {
-            return Ok(WriteTarget::Allocate);
+        let skip = at.within(cluster);
+        let host = match self.parse(words, window, 0)? {
+            Cluster::Data { at, copied: true } => at,
+            Cluster::Mixed { at, copied: true, allocated, .. } => {
+                return Ok(match self.mixed_extent(at, (allocated, 0), skip, len) {
+                    Extent::Data { file, at, len } => WriteTarget::InPlace { file, at, len },
+                    _ => WriteTarget::Allocate,
+                });
+            }
+            _ => return Ok(WriteTarget::Allocate),
         };
         let mut run = 1;
         while run < window.count {
@@ -233,7 +277,6 @@ impl Qcow2 {
             }
             run += 1;
         }
-        let skip = at.within(cluster);
         let len = len.min(run as u64 * cluster - skip);
         Ok(WriteTarget::InPlace { file: self.data, at: host + skip, len })
     }
@@ -276,8 +319,7 @@ impl Qcow2 {
     /// # Errors
     /// When there is no such table.
     pub(super) fn slice_at(&self, slice: Slice) -> Result<HostOffset> {
-        let slice_entry_bits = self.geometry.slice_bits() - 3;
-        let cluster = GuestCluster(slice << slice_entry_bits);
+        let cluster = GuestCluster(slice << self.geometry.l2_slice_entry_bits());
         let (entry, table) = self.l1_entry(cluster)?;
         let Some(table) = table else {
             let index = self.geometry.l1_index(cluster) as u64;

@@ -2,9 +2,9 @@
 //!
 //! In reading order: [`mod@format`] and [`geometry`] hold the numbers, [`header`] and `open` turn a
 //! file into a [`Qcow2`], `table` caches tables, `map` looks entries up, `refcount` and `alloc`
-//! find room, `claims` keeps writers of one cluster apart, `write` and `discard` change entries,
-//! `flush` makes changes durable in the order that `ORDERING.md` states, `limbo` and `epoch` decide
-//! when a freed cluster may be used again.
+//! find room, `claims` keeps writers of one cluster apart, `write`, `fill` and `discard` change
+//! entries, `flush` makes changes durable in the order that `ORDERING.md` states, `limbo` and
+//! `epoch` decide when a freed cluster may be used again.
 //!
 //! A method without a [`Storage`](crate::storage::Storage) argument cannot do I/O and cannot wait.
 
@@ -14,6 +14,7 @@ mod compress;
 pub mod create;
 mod discard;
 mod epoch;
+mod fill;
 mod flush;
 pub mod format;
 pub mod geometry;

@@ -5,6 +5,8 @@
 //! atomics, says which slot holds a slice and in which generation. A reader looks up the directory,
 //! reads words of the slot, and looks up the directory again: if it says the same, the words were
 //! the slice's. Everything that changes a slice or a slot holds one mutex for a few instructions.
+//! A change of words is framed by the slot's version, so that a reader sees all of it or none: an
+//! entry may have two words.
 //!
 //! A slice that is dirty, or whose bytes are on their way to the file, never leaves the cache: only
 //! a flush makes it clean, which is what keeps the write order in one place.
@@ -16,7 +18,7 @@ use std::task::{Context, Poll, Waker};
 
 use crate::error::Result;
 use crate::storage::Buf;
-use crate::sync::{AtomicBool, AtomicU64, Mutex, OnceLock, Ordering, fence, lock};
+use crate::sync::{AtomicBool, AtomicU32, AtomicU64, Mutex, OnceLock, Ordering, fence, lock};
 
 const FAN_OUT_BITS: u32 = 12;
 const FAN_OUT: usize = 1 << FAN_OUT_BITS;
@@ -70,6 +72,8 @@ fn slot_of(word: u64) -> Option<usize> {
 #[derive(Default)]
 struct Slot {
     words: OnceLock<Box<[AtomicU64]>>,
+    /// Odd while words are being changed.
+    version: AtomicU32,
     /// Set by readers when it is not set: the clock's second chance.
     used: AtomicBool,
 }
@@ -137,15 +141,18 @@ impl TableCache {
     }
 
     /// Runs `read` on the words of a slice, big-endian as in the file; `None` when it is not
-    /// cached. Takes no lock. `read` may see a slice that is just being replaced: then its result
-    /// is thrown away, so it must not trust what it reads beyond computing a result.
+    /// cached, or was changed meanwhile. Takes no lock. `read` may see a slice that is just being
+    /// replaced or changed: then its result is thrown away, so it must not trust what it reads
+    /// beyond computing a result.
     pub(super) fn peek<R>(&self, slice: Slice, read: impl FnOnce(&[AtomicU64]) -> R) -> Option<R> {
         let entry = self.directory.get(slice)?;
         let word = entry.load(Ordering::Acquire);
         let slot = self.slots.get(slot_of(word)?);
+        let version = slot.version.load(Ordering::Acquire);
         let result = read(slot.words.get()?);
         fence(Ordering::Acquire);
-        if entry.load(Ordering::Relaxed) != word {
+        let same = slot.version.load(Ordering::Relaxed) == version && version.is_multiple_of(2);
+        if !same || entry.load(Ordering::Relaxed) != word {
             return None;
         }
         if !slot.used.load(Ordering::Relaxed) {
@@ -163,7 +170,13 @@ impl TableCache {
     ) -> Option<Option<R>> {
         let mut state = lock(&self.state);
         let slot = slot_of(self.directory.get(slice)?.load(Ordering::Relaxed))?;
-        let result = change(self.slots.get(slot).words.get()?);
+        let held = self.slots.get(slot);
+        let version = held.version.load(Ordering::Relaxed);
+        held.version.store(version.wrapping_add(1), Ordering::Relaxed);
+        // A reader that sees one of the new words sees the odd version too.
+        fence(Ordering::Release);
+        let result = held.words.get().and_then(|words| change(words));
+        held.version.store(version.wrapping_add(2), Ordering::Release);
         let owner = &mut state.owners[slot];
         if result.is_some() && !owner.dirty {
             owner.dirty = true;
@@ -218,7 +231,7 @@ impl TableCache {
         F: Future<Output = Result<Buf>>,
     {
         loop {
-            if self.peek(slice, |_| ()).is_some() {
+            if self.is_cached(slice) {
                 return Ok(());
             }
             if let Some(ticket) = self.start_load(slice) {
@@ -229,6 +242,10 @@ impl TableCache {
             }
             Loaded { cache: self, slice }.await;
         }
+    }
+
+    fn is_cached(&self, slice: Slice) -> bool {
+        self.directory.get(slice).is_some_and(|entry| entry.load(Ordering::Acquire) != 0)
     }
 
     fn start_load(&self, slice: Slice) -> Option<LoadTicket<'_>> {

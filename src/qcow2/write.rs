@@ -1,8 +1,8 @@
 //! Writes that change the mapping: prepare, let the caller move the bytes, commit.
 //!
-//! [`Qcow2::prepare_write`] claims the clusters and finds room; the caller writes whole clusters
-//! (the guest's bytes, with what surrounds them); [`Qcow2::commit_write`] puts the entries into the
-//! table, after the bytes are written. A plan that is dropped gives its room back.
+//! [`Qcow2::prepare_write`] claims the clusters and finds room; the caller writes whole clusters or
+//! subclusters (the guest's bytes, with what surrounds them); [`Qcow2::commit_write`] puts the
+//! entries into the table, after the bytes are written. A plan that is dropped gives its room back.
 
 use smallvec::SmallVec;
 
@@ -10,7 +10,7 @@ use crate::bytes::{GuestOffset, HostOffset};
 use crate::error::{Error, Result};
 use crate::qcow2::Qcow2;
 use crate::qcow2::claims::Claim;
-use crate::qcow2::format::{AUTOCLEAR_RAW_DATA, COPIED, Cluster, OFFSET_MASK};
+use crate::qcow2::format::{AUTOCLEAR_RAW_DATA, COPIED, Cluster, L2Entry, OFFSET_MASK};
 use crate::qcow2::geometry::GuestCluster;
 use crate::qcow2::header::AUTOCLEAR_AT;
 use crate::qcow2::refcount::Run;
@@ -23,28 +23,42 @@ pub struct WritePlan<'a> {
     image: &'a Qcow2,
     _claim: Claim<'a>,
     first: GuestCluster,
-    count: u64,
+    /// Where the run lies in the file.
+    run: Room,
+    old: SmallVec<[Cluster; 16]>,
+    /// The guest bytes to write, from `start` on.
+    start: GuestOffset,
+    len: u64,
+}
+
+/// Host clusters for a run of guest clusters.
+#[derive(Debug, Clone, Copy)]
+struct Room {
     at: HostOffset,
+    count: u64,
+    /// Whether the file reads as zeros there.
     fresh: bool,
     /// Whether the room was counted for this plan, so that dropping it must give it back.
     allocated: bool,
-    old: SmallVec<[Cluster; 16]>,
+    /// Whether the clusters are the entries' own already, and are filled up.
+    stays: bool,
 }
 
 impl WritePlan<'_> {
-    /// The first guest byte of the run, at the start of a cluster.
+    /// The first guest byte to write, at the start of a cluster or subcluster that has no bytes
+    /// yet, or where the request began.
     pub fn start(&self) -> GuestOffset {
-        self.image.geometry.guest_start(self.first)
+        self.start
     }
 
-    /// The length of the run in bytes, whole clusters.
+    /// How many bytes are to be written.
     pub fn len(&self) -> u64 {
-        self.count << self.image.geometry.cluster_bits
+        self.len
     }
 
-    /// Whether the run is empty, which no plan is.
+    /// Whether nothing is to be written, which no plan says.
     pub fn is_empty(&self) -> bool {
-        self.count == 0
+        self.len == 0
     }
 
     /// The file to write to.
@@ -52,22 +66,35 @@ impl WritePlan<'_> {
         self.image.data
     }
 
-    /// Where the run begins in the file.
+    /// Where the bytes go in the file.
     pub fn at(&self) -> HostOffset {
-        self.at
+        self.run.at + (self.start - self.image.geometry.guest_start(self.first))
     }
 
     /// Whether the file reads as zeros there, so that zeros need not be written.
     pub fn is_fresh(&self) -> bool {
-        self.fresh
+        self.run.fresh
+    }
+
+    /// What a cluster of the run says when the bytes are written.
+    fn entry(&self, step: u64) -> L2Entry {
+        let geometry = &self.image.geometry;
+        let cluster = geometry.cluster_size();
+        let begin = geometry.guest_start(self.first).0 + step * cluster;
+        let within = |at: u64| at.saturating_sub(begin).min(cluster);
+        let written = (within(self.start.0), within(self.start.0 + self.len));
+        let units = geometry.units();
+        let host = self.run.at.0 + step * cluster;
+        let old = self.old[usize::try_from(step).expect("a run fits in a slice")];
+        units.filled(old, host, units.touched(written.0, written.1), self.run.stays)
     }
 }
 
 impl Drop for WritePlan<'_> {
     fn drop(&mut self) {
-        if self.allocated {
-            let first = self.image.geometry.host_cluster(self.at);
-            let run = Run { first, count: self.count };
+        if self.run.allocated {
+            let first = self.image.geometry.host_cluster(self.run.at);
+            let run = Run { first, count: self.run.count };
             self.image.limbo.never_linked(run, self.image.epochs.now());
         }
     }
@@ -89,41 +116,54 @@ impl Qcow2 {
         self.start_writing(st).await?;
         self.relieve(st).await?;
         let first = self.geometry.guest_cluster(at);
-        let in_slice = (self.geometry.slice_size() >> 3) - self.geometry.l2_slot(first) as u64;
+        let in_slice = self.entries_from(first);
         let last = (at.0 + len - 1) >> self.geometry.cluster_bits;
         let count = (last - first.0 + 1).min(in_slice);
         let claim = self.clusters.claim(first.0..first.0 + count).await;
         self.own_table(st, first).await?;
         let old = self.old_clusters(st, first, count).await?;
-        let Some((count, reuse)) = writable_run(&old, self.geometry.cluster_size()) else {
+        let unit = at.within(self.geometry.cluster_size()) >> self.geometry.fill_bits();
+        let Some((count, own)) = writable_run(&old, unit, self.geometry.cluster_size()) else {
             return Ok(None);
         };
-        if let Some(at) = reuse {
-            return Ok(Some(self.plan(claim, first, count, at, false, false, old)));
-        }
-        if self.has_data_file() {
+        let room = if let Some(at) = own {
+            Room { at, count, fresh: false, allocated: false, stays: true }
+        } else if self.has_data_file() {
             let at = HostOffset(self.geometry.guest_start(first).0);
-            return Ok(Some(self.plan(claim, first, count, at, false, false, old)));
-        }
-        let allocation = self.allocate(st, count).await?;
-        let at = self.geometry.host_start(allocation.run.first);
-        let plan = self.plan(claim, first, allocation.run.count, at, allocation.fresh, true, old);
-        Ok(Some(plan))
+            Room { at, count, fresh: false, allocated: false, stays: true }
+        } else {
+            let found = self.allocate(st, count).await?;
+            let at = self.geometry.host_start(found.run.first);
+            let (count, fresh) = (found.run.count, found.fresh);
+            Room { at, count, fresh, allocated: true, stays: false }
+        };
+        Ok(Some(self.plan(claim, first, room, (at, len), old)))
     }
 
-    #[expect(clippy::too_many_arguments, reason = "the fields of the plan, once")]
+    /// How many entries of a slice there are from that of `cluster` on.
+    pub(super) fn entries_from(&self, cluster: GuestCluster) -> u64 {
+        (1 << self.geometry.l2_slice_entry_bits()) - self.geometry.l2_slot(cluster) as u64
+    }
+
+    /// The plan for a request whose clusters are claimed and have room.
     fn plan<'a>(
         &'a self,
         claim: Claim<'a>,
         first: GuestCluster,
-        count: u64,
-        at: HostOffset,
-        fresh: bool,
-        allocated: bool,
+        run: Room,
+        (at, len): (GuestOffset, u64),
         mut old: SmallVec<[Cluster; 16]>,
     ) -> WritePlan<'a> {
-        old.truncate(usize::try_from(count).expect("a run fits in a slice"));
-        WritePlan { image: self, _claim: claim, first, count, at, fresh, allocated, old }
+        old.truncate(usize::try_from(run.count).expect("a run fits in a slice"));
+        let (units, cluster) = (self.geometry.units(), self.geometry.cluster_size());
+        let run_start = self.geometry.guest_start(first);
+        let last = run_start + (run.count - 1) * cluster;
+        let request_end = (at.0 + len).min(last.0 + cluster);
+        let begin = units.begin(old[0], at.within(cluster), run.stays);
+        let end = units.end(old[old.len() - 1], request_end - last.0, run.stays);
+        let start = run_start + begin;
+        let len = last.0 + end - start.0;
+        WritePlan { image: self, _claim: claim, first, run, old, start, len }
     }
 
     /// Links the run: its bytes are what the guest reads from now on. What they replaced goes to
@@ -132,12 +172,10 @@ impl Qcow2 {
     /// # Errors
     /// When the table cannot be read any more; then nothing was linked.
     pub async fn commit_write(&self, st: &dyn Storage, mut plan: WritePlan<'_>) -> Result<()> {
-        let (start, bits) = (plan.at.0, self.geometry.cluster_bits);
-        let entry = |step: u64| COPIED | (start + (step << bits));
-        self.set_entries(st, plan.first, plan.count, entry).await?;
-        plan.allocated = false;
+        self.set_entries(st, plan.first, plan.run.count, |step| plan.entry(step)).await?;
+        plan.run.allocated = false;
         let old = std::mem::take(&mut plan.old);
-        self.drop_references(&old, Some((plan.at, plan.count)));
+        self.drop_references(&old, Some((plan.run.at, plan.run.count)));
         Ok(())
     }
 
@@ -147,13 +185,18 @@ impl Qcow2 {
         st: &dyn Storage,
         first: GuestCluster,
         count: u64,
-        entry: impl Fn(u64) -> u64,
+        entry: impl Fn(u64) -> L2Entry,
     ) -> Result<()> {
         let slot = self.geometry.l2_slot(first);
         let slice = self.geometry.l2_slice(first);
+        let words_per_entry = 1 << (self.geometry.l2_entry_bits() - 3);
         let change = |words: &[AtomicU64]| {
-            for (step, word) in (0..count).zip(&words[slot..]) {
-                word.store(entry(step).to_be(), Ordering::Relaxed);
+            let places = words[slot * words_per_entry..].chunks_exact(words_per_entry);
+            for (step, place) in (0..count).zip(places) {
+                let L2Entry { word, bitmap } = entry(step);
+                for (target, value) in place.iter().zip([word, bitmap]) {
+                    target.store(value.to_be(), Ordering::Relaxed);
+                }
             }
             Some(())
         };
@@ -173,10 +216,10 @@ impl Qcow2 {
         let kept = kept.map(|(at, count)| at.0..at.0 + (count << bits));
         let mut gone: Option<Run> = None;
         for cluster in old {
-            let (at, last) = match *cluster {
-                Cluster::Data { at, .. } | Cluster::ZeroAllocated { at, .. } => (at.0, at.0),
-                Cluster::Compressed(place) => (place.at.0, place.at.0 + place.bytes - 1),
-                Cluster::Unallocated | Cluster::ZeroPlain => continue,
+            let (at, last) = match (cluster.host(), *cluster) {
+                (Some(at), _) => (at.0, at.0),
+                (None, Cluster::Compressed(place)) => (place.at.0, place.at.0 + place.bytes - 1),
+                (None, _) => continue,
             };
             if kept.as_ref().is_some_and(|kept| kept.contains(&at)) {
                 continue;
@@ -202,10 +245,9 @@ impl Qcow2 {
     ) -> Result<SmallVec<[Cluster; 16]>> {
         let (slot, slice) = (self.geometry.l2_slot(first), self.geometry.l2_slice(first));
         let parse = |words: &[AtomicU64]| {
-            let steps = (0..count).zip(&words[slot..]);
-            let parse = |(step, word): (u64, &AtomicU64)| {
-                let entry = u64::from_be(word.load(Ordering::Relaxed));
-                self.cluster(entry, GuestCluster(first.0 + step))
+            let steps = (0..count).zip(slot..);
+            let parse = |(step, slot): (u64, usize)| {
+                self.cluster(self.entry(words, slot), GuestCluster(first.0 + step))
             };
             steps.map(parse).collect::<Result<SmallVec<[Cluster; 16]>, _>>()
         };
@@ -223,12 +265,10 @@ impl Qcow2 {
     /// and then write its own bytes where the table, or the header, was.
     fn check_references(&self, clusters: &[Cluster]) -> Result<()> {
         for cluster in clusters {
-            let (at, len) = match *cluster {
-                Cluster::Data { at, .. } | Cluster::ZeroAllocated { at, .. } => {
-                    (at, self.geometry.cluster_size())
-                }
-                Cluster::Compressed(place) => (place.at, place.bytes),
-                Cluster::Unallocated | Cluster::ZeroPlain => continue,
+            let (at, len) = match (cluster.host(), *cluster) {
+                (Some(at), _) => (at, self.geometry.cluster_size()),
+                (None, Cluster::Compressed(place)) => (place.at, place.bytes),
+                (None, _) => continue,
             };
             self.check_overlap(self.data, at, len)?;
         }
@@ -329,25 +369,29 @@ impl Qcow2 {
     }
 }
 
-/// How many of the first clusters can be written as one run, and the host run to use again if they
-/// are allocated zeros of our own. `None` when the first can be written in place.
-fn writable_run(old: &[Cluster], cluster_size: u64) -> Option<(u64, Option<HostOffset>)> {
-    let in_place = |cluster: &Cluster| matches!(cluster, Cluster::Data { copied: true, .. });
-    let reusable = |cluster: &Cluster| match cluster {
-        Cluster::ZeroAllocated { at, copied: true } => Some(*at),
-        _ => None,
-    };
-    let first = old.first().filter(|cluster| !in_place(cluster))?;
-    let run = match reusable(first) {
+/// How many of the first clusters can be written as one run, and where their own host clusters are
+/// if they have some that are to be filled up. `None` when `unit` of the first, where the write
+/// begins, can be written in place.
+fn writable_run(
+    old: &[Cluster],
+    unit: u64,
+    cluster_size: u64,
+) -> Option<(u64, Option<HostOffset>)> {
+    let first = old.first()?;
+    let (allocated, _) = first.subclusters();
+    if first.own().is_some() && allocated >> unit & 1 == 1 {
+        return None;
+    }
+    let run = match first.own() {
         Some(at) => {
             let steps = old.iter().zip(0_u64..);
-            let same = |(cluster, step)| reusable(cluster) == Some(at + step * cluster_size);
+            let same = |(cluster, step): (&Cluster, u64)| {
+                cluster.own() == Some(at + step * cluster_size)
+                    && !matches!(cluster, Cluster::Data { .. })
+            };
             steps.map(same).take_while(|&same| same).count()
         }
-        None => {
-            let new = |cluster: &&Cluster| !in_place(cluster) && reusable(cluster).is_none();
-            old.iter().take_while(new).count()
-        }
+        None => old.iter().take_while(|cluster| cluster.own().is_none()).count(),
     };
-    Some((run as u64, reusable(first)))
+    Some((run as u64, first.own()))
 }

@@ -55,6 +55,7 @@ struct Walk<'a> {
     cluster_bits: u32,
     order: u32,
     data_file: bool,
+    extended: bool,
     reftable: (u64, u64),
     /// References and use of each cluster of the file.
     references: Vec<u32>,
@@ -110,8 +111,9 @@ pub fn map(bytes: &[u8]) -> Map {
     let mut guest = Vec::new();
     for index in 0..entries {
         let table = be64(bytes, l1_at + index * 8) & OFFSET_MASK;
-        for slot in 0..walk.cluster_size() / 8 {
-            let entry = if table == 0 { 0 } else { be64(bytes, table + slot * 8) };
+        for slot in 0..walk.cluster_size() / walk.entry_size() {
+            let at = table + slot * walk.entry_size();
+            let entry = if table == 0 { 0 } else { be64(bytes, at) };
             let at = entry & OFFSET_MASK;
             guest.push((at != 0 && entry & COMPRESSED == 0).then_some(at));
         }
@@ -130,7 +132,7 @@ impl<'a> Walk<'a> {
         }
         let order = if version == 3 { u32::try_from(word(96)?).ok()? } else { 4 };
         let incompatible = if version == 3 { be64(bytes, 72) } else { 0 };
-        if order > 6 || incompatible & !0b1111 != 0 {
+        if order > 6 || incompatible & !0b1_1111 != 0 {
             return None;
         }
         let clusters = bytes.len().div_ceil(1 << cluster_bits);
@@ -140,6 +142,7 @@ impl<'a> Walk<'a> {
             cluster_bits,
             order,
             data_file: incompatible & 4 != 0,
+            extended: incompatible & 16 != 0,
             reftable: (be64(bytes, 48), word(56)? << cluster_bits >> 3),
             references: vec![0; clusters],
             uses: vec![0; clusters],
@@ -204,7 +207,7 @@ impl<'a> Walk<'a> {
                 self.table(entry & OFFSET_MASK, self.cluster_size(), Use::Refblock);
             }
         }
-        let coverage = self.cluster_size() * self.cluster_size() / 8;
+        let coverage = self.cluster_size() * self.cluster_size() / self.entry_size();
         if l1_entries.saturating_mul(coverage) < be64(self.bytes, 24) {
             self.corrupt(|| format!("{l1_entries} entries of the L1 table are too few"));
         }
@@ -234,21 +237,25 @@ impl<'a> Walk<'a> {
     }
 
     fn l2(&mut self, table: u64, l1_index: u64, active: bool) {
-        let entries = self.cluster_size() / 8;
+        let entries = self.cluster_size() / self.entry_size();
         for index in 0..entries {
-            let entry = be64(self.bytes, table + index * 8);
+            let at = table + index * self.entry_size();
+            let entry = be64(self.bytes, at);
+            let guest = l1_index * entries + index;
+            if self.extended {
+                self.subclusters(entry, be64(self.bytes, at + 8), guest);
+            }
             if entry == 0 {
                 continue;
             }
-            let guest = l1_index * entries + index;
             if entry & COMPRESSED != 0 {
                 self.compressed(entry, guest);
                 continue;
             }
             let at = entry & OFFSET_MASK;
             self.reserved(entry, L2_RESERVED, || format!("L2 entry of guest cluster {guest}"));
-            if entry & 1 != 0 && self.version < 3 {
-                self.corrupt(|| format!("a zero flag in version 2, guest cluster {guest}"));
+            if entry & 1 != 0 && (self.version < 3 || self.extended) {
+                self.corrupt(|| format!("a zero flag where there are none, guest cluster {guest}"));
             }
             if self.data_file {
                 let right = at == guest << self.cluster_bits;
@@ -271,6 +278,22 @@ impl<'a> Walk<'a> {
                 self.copied(entry, at, || format!("L2 entry of guest cluster {guest}"));
             }
         }
+    }
+
+    /// The bitmap of an extended entry: no subcluster is both allocated and zero, none is allocated
+    /// without a host cluster, and a compressed cluster has no subclusters.
+    fn subclusters(&mut self, entry: u64, bitmap: u64, guest: u64) {
+        let (allocated, zero) = (bitmap & 0xffff_ffff, bitmap >> 32);
+        let plain = entry & COMPRESSED == 0;
+        let placed = entry & OFFSET_MASK != 0 || (self.data_file && entry & COPIED != 0);
+        let fine = allocated & zero == 0 && (allocated == 0 || placed) && (plain || bitmap == 0);
+        if !fine {
+            self.corrupt(|| format!("guest cluster {guest} is {entry:#x} with {bitmap:#x}"));
+        }
+    }
+
+    fn entry_size(&self) -> u64 {
+        if self.extended { 16 } else { 8 }
     }
 
     fn compressed(&mut self, entry: u64, guest: u64) {

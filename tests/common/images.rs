@@ -46,6 +46,10 @@ pub struct Layout {
     pub refcount_bits: u32,
     /// 2 or 3.
     pub version: u32,
+    /// Whether entries describe subclusters.
+    pub extended: bool,
+    /// Whether refcounts may be written late.
+    pub lazy: bool,
     /// The disk's size in sectors.
     pub sectors: usize,
     /// What it is built on.
@@ -55,7 +59,8 @@ pub struct Layout {
 impl Layout {
     /// Version 3 with 16-bit refcounts.
     pub const fn new(cluster_bits: u32, sectors: usize, kind: Kind) -> Self {
-        Self { cluster_bits, refcount_bits: 16, version: 3, sectors, kind }
+        let (extended, lazy) = (false, false);
+        Self { cluster_bits, refcount_bits: 16, version: 3, extended, lazy, sectors, kind }
     }
 
     /// The same with refcounts of another width.
@@ -70,10 +75,28 @@ impl Layout {
         Self { version: 2, ..self }
     }
 
+    /// The same with extended L2 entries; clusters have 16 KiB at least.
+    #[must_use]
+    pub const fn extended(self) -> Self {
+        Self { extended: true, ..self }
+    }
+
+    /// The same with lazy refcounts.
+    #[must_use]
+    pub const fn lazy(self) -> Self {
+        Self { lazy: true, ..self }
+    }
+
     fn options(&self) -> String {
         let compat = if self.version == 2 { "0.10" } else { "1.1" };
         let (cluster, bits) = (1_u64 << self.cluster_bits, self.refcount_bits);
-        format!("compat={compat},cluster_size={cluster},refcount_bits={bits}")
+        let mut options = format!("compat={compat},cluster_size={cluster},refcount_bits={bits}");
+        for (wanted, name) in [(self.extended, "extended_l2"), (self.lazy, "lazy_refcounts")] {
+            if wanted {
+                options += &format!(",{name}=on");
+            }
+        }
+        options
     }
 
     /// Makes the image and everything below it, with content drawn from `seed`.

@@ -145,10 +145,18 @@ fn encryption_is_refused_by_name() {
 }
 
 #[test]
+fn subclusters_of_less_than_a_sector_are_refused() {
+    // Clusters of 4 KiB would have subclusters of 128 bytes.
+    let error = Victim::plain().put64(72, 1 << 4).refusal();
+    let expected = CorruptKind::SubclusterSize(12);
+    assert!(matches!(error.kind(), ErrorKind::Corrupt(kind) if *kind == expected), "{error}");
+}
+
+#[test]
 fn unknown_features_are_refused_by_name_or_number() {
-    let error = Victim::plain().put64(72, 1 << 63 | 1 << 4).refusal();
+    let error = Victim::plain().put64(72, 1 << 63 | 1 << 5).refusal();
     assert!(matches!(error.kind(), ErrorKind::Unsupported(_)), "{error}");
-    assert_says(&error, &["63", "xtended L2"]);
+    assert_says(&error, &["bit 63", "bit 5"]);
     // A table that names the bit.
     let mut victim = Victim::plain();
     victim.put64(72, 1 << 40).put(112, &[0; 200]);
