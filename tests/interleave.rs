@@ -100,6 +100,7 @@ layouts! {
     extended_chain: 400, Layout::new(14, 800, Kind::Chain).extended();
     extended_snapshots: 300, Layout::new(15, 800, Kind::Snapshots).extended();
     extended_data_file: 200, Layout::new(14, 800, Kind::DataFile { raw: false }).extended();
+    lazy: 300, Layout::new(9, 600, Kind::Plain).lazy();
     snapshots: 600, Layout::new(9, 600, Kind::Snapshots);
     snapshots_of_4_kib: 400, Layout::new(12, 800, Kind::Snapshots);
     data_file: 400, Layout::new(12, 800, Kind::DataFile { raw: false });

@@ -161,6 +161,9 @@ layouts! {
     extended_data_file: 4, Layout::new(16, 6000, Kind::DataFile { raw: false }).extended();
     extended_raw_data_file: 4, Layout::new(14, 6000, Kind::DataFile { raw: true }).extended();
     extended_preallocated: 4, Layout::new(14, 6000, Kind::Preallocated("metadata")).extended();
+    lazy: 4, Layout::new(12, 6000, Kind::Plain).lazy();
+    lazy_snapshots: 4, Layout::new(9, 6000, Kind::Snapshots).lazy();
+    lazy_growing_refcount_table: 2, Layout::new(9, 12_000, Kind::Empty).with_refcount_bits(64).lazy();
     preallocated_metadata: 4, Layout::new(12, 6000, Kind::Preallocated("metadata"));
     preallocated_with_falloc: 4, Layout::new(16, 6000, Kind::Preallocated("falloc"));
     preallocated_with_full: 4, Layout::new(16, 6000, Kind::Preallocated("full"));
@@ -168,6 +171,46 @@ layouts! {
     // grow several times.
     a_growing_refcount_table: 4, Layout::new(9, 12_000, Kind::Empty).with_refcount_bits(64);
     more_tables_than_the_cache_holds: 4, Layout::new(9, 40_000, Kind::Empty);
+}
+
+/// Sets the COPIED bit in every entry of the L2 tables that a snapshot shares.
+fn claim_shared_tables(bytes: &mut [u8], cluster: usize) {
+    let word = |bytes: &[u8], at: usize| {
+        u64::from_be_bytes(bytes[at..at + 8].try_into().expect("eight bytes"))
+    };
+    let (l1, entries) = (word(bytes, 40), word(bytes, 32) & 0xffff_ffff);
+    for index in 0..entries {
+        let entry = word(bytes, usize::try_from(l1 + index * 8).expect("small"));
+        if entry == 0 || entry >> 63 == 1 {
+            continue;
+        }
+        let table = usize::try_from(entry).expect("small");
+        for at in (table..table + cluster).step_by(8) {
+            if word(bytes, at) != 0 {
+                bytes[at] |= 0x80;
+            }
+        }
+    }
+}
+
+#[test]
+fn what_a_shared_table_calls_its_own_still_belongs_to_the_snapshot() {
+    for seed in seeds(4) {
+        let name = "what_a_shared_table_calls_its_own_still_belongs_to_the_snapshot";
+        let _repeat = Repeat::new("model", name, seed);
+        let mut made = Layout::new(12, 6000, Kind::Plain).make(seed);
+        let dir = Dir::of(&made.disk());
+        dir.img(&["snapshot", "-c", "one", IMAGE]);
+        let mut bytes = dir.read(IMAGE);
+        claim_shared_tables(&mut bytes, 4096);
+        *made.image() = bytes;
+        let disk = made.disk();
+        let random = fastrand::Rng::with_seed(seed);
+        let mut model = Model { bytes: bytes_of(0, &made.tags), random };
+        model.rounds(&disk, &options(false), 150, 256);
+        let old = Dir::of(&disk).snapshot_bytes(IMAGE, "one");
+        assert!(old == bytes_of(0, &made.tags), "the snapshot has changed");
+    }
 }
 
 #[test]

@@ -155,6 +155,9 @@ impl Qcow2 {
             |frozen: crate::qcow2::table::Frozen| Ok((self.slice_at(frozen.slice)?, frozen.bytes));
         let l2 = self.l2.freeze().into_iter().map(place).collect::<Result<Vec<Piece>>>()?;
         let l1 = self.freeze_l1();
+        if self.lazy.load(Ordering::Acquire) && !self.refcounts.cache().is_crowded() {
+            return Ok(Work { l2, l1, reftable: None, refblocks: Vec::new() });
+        }
         let reftable = self.refcounts.freeze_table();
         let refblocks = self.refcounts.freeze()?;
         Ok(Work { l2, l1, reftable, refblocks })
@@ -245,13 +248,15 @@ impl Qcow2 {
         if let Some(run) = self.allocator.drain_reserved() {
             self.limbo.never_linked(run, self.epochs.now());
         }
+        self.lazy.store(false, Ordering::Release);
         loop {
             self.flush(st).await?;
             let dirty = self.l2.is_dirty() || self.refcounts.cache().is_dirty();
             if !dirty && self.limbo.clusters() == 0 && !self.is_any_dirty() {
-                return Ok(());
+                break;
             }
         }
+        self.write_features(st, 0).await
     }
 
     fn is_any_dirty(&self) -> bool {

@@ -21,6 +21,9 @@ pub const INCOMPATIBLE_COMPRESSION: u64 = 1 << 3;
 /// Incompatible feature: L2 entries have 16 bytes and describe subclusters.
 pub const INCOMPATIBLE_EXTENDED_L2: u64 = 1 << 4;
 
+/// Compatible feature: refcounts may be written late, while the dirty bit is set.
+pub const COMPATIBLE_LAZY_REFCOUNTS: u64 = 1;
+
 /// Autoclear feature: the bitmaps extension is consistent.
 pub const AUTOCLEAR_BITMAPS: u64 = 1;
 /// Autoclear feature: the external data file can be read as a raw image.

@@ -14,8 +14,8 @@ use crate::qcow2::geometry::Geometry;
 pub const V2_LENGTH: u64 = 72;
 /// Smallest length of a version 3 header in bytes.
 const V3_LENGTH: u64 = 104;
-/// Where the autoclear bits lie in the file.
-pub const AUTOCLEAR_AT: HostOffset = HostOffset(88);
+/// Where the incompatible, compatible and autoclear bits lie in the file, eight bytes each.
+pub const FEATURES_AT: HostOffset = HostOffset(72);
 /// Where the refcount table's offset and cluster count lie in the file.
 pub const REFTABLE_AT: HostOffset = HostOffset(48);
 /// Largest L1 table in bytes that is opened.
@@ -268,6 +268,11 @@ impl Header {
             return Err(CorruptKind::RawWithoutDataFile);
         }
         Ok(())
+    }
+
+    /// Whether refcounts may be written late.
+    pub fn is_lazy(&self) -> bool {
+        self.version >= 3 && self.compatible & format::COMPATIBLE_LAZY_REFCOUNTS != 0
     }
 
     /// Whether the external data file must stay readable as a raw image.

@@ -299,17 +299,30 @@ impl Qcow2 {
         }
     }
 
+    /// The entries of a table that something else refers to as well: so it does to what they refer
+    /// to, whatever they say.
+    pub(super) fn shared_entries(&self, mut table: Vec<u8>) -> Vec<u8> {
+        if !self.has_data_file() {
+            let copied = COPIED.to_be_bytes();
+            for entry in table.chunks_exact_mut(1 << self.geometry.l2_entry_bits()) {
+                entry.iter_mut().zip(copied).for_each(|(byte, bits)| *byte &= !bits);
+            }
+        }
+        table
+    }
+
     /// Loads the slice that holds the entry of `cluster`, whose table exists.
     pub(super) async fn load_slice(&self, st: &dyn Storage, cluster: GuestCluster) -> Result<()> {
         let slice = self.geometry.l2_slice(cluster);
         let read = async || {
+            let own = self.l1_entry(cluster)?.0 & COPIED != 0;
             let at = self.slice_at(slice)?;
             let size = usize::try_from(self.geometry.slice_size()).expect("a slice is small");
             let buf = Buf::zeroed(size);
             let op = Op::Read { at, buf: buf.clone() };
             let done = st.submit(self.file, Purpose::L2Load, op).await;
             done.map_err(|source| Error::io("loading an L2 table", source))?;
-            Ok(buf)
+            Ok(if own { buf } else { Buf::copy_of(&self.shared_entries(buf.to_vec())) })
         };
         self.l2.load(slice, read).await
     }

@@ -95,8 +95,12 @@ pub struct Qcow2 {
     /// Bytes were written since the last sync, to the image and to the data file.
     image_dirty: AtomicBool,
     data_dirty: AtomicBool,
-    /// The header's autoclear bits are true of what we write.
+    /// The header's feature bits as they are in the file: incompatible, compatible, autoclear.
+    features: Mutex<[u64; 3]>,
+    /// The header's feature bits are true of what we write.
     writing: AtomicBool,
+    /// Refcounts are written when there is nothing better to do, since the dirty bit is set.
+    lazy: AtomicBool,
     starting: Claims,
     poison: OnceLock<Box<str>>,
 }

@@ -10,9 +10,11 @@ use crate::bytes::{GuestOffset, HostOffset};
 use crate::error::{Error, Result};
 use crate::qcow2::Qcow2;
 use crate::qcow2::claims::Claim;
-use crate::qcow2::format::{AUTOCLEAR_RAW_DATA, COPIED, Cluster, L2Entry, OFFSET_MASK};
+use crate::qcow2::format::{
+    AUTOCLEAR_RAW_DATA, COPIED, Cluster, INCOMPATIBLE_DIRTY, L2Entry, OFFSET_MASK,
+};
 use crate::qcow2::geometry::GuestCluster;
-use crate::qcow2::header::AUTOCLEAR_AT;
+use crate::qcow2::header::FEATURES_AT;
 use crate::qcow2::refcount::Run;
 use crate::storage::{Buf, FileId, Op, Purpose, Storage};
 use crate::sync::{AtomicU64, Ordering, lock};
@@ -319,14 +321,14 @@ impl Qcow2 {
         let read = Op::Read { at: old, buf: buf.clone() };
         let done = st.submit(self.file, Purpose::L2Load, read).await;
         done.map_err(|source| Error::io("reading a shared L2 table", source))?;
-        let write = Op::Write { at, buf };
+        let write = Op::Write { at, buf: Buf::copy_of(&self.shared_entries(buf.to_vec())) };
         let done = st.submit(self.file, Purpose::L2Init, write).await;
         self.mark_dirty(self.file);
         done.map_err(|source| Error::io("copying a shared L2 table", source))
     }
 
     /// Before the first write: clears, durably, the autoclear bits of features that our writes
-    /// would make stale.
+    /// would make stale, and sets the dirty bit if refcounts are to be written late.
     pub(crate) async fn start_writing(&self, st: &dyn Storage) -> Result<()> {
         self.check_poison()?;
         if self.writing.load(Ordering::Acquire) {
@@ -336,25 +338,37 @@ impl Qcow2 {
         if self.writing.load(Ordering::Acquire) {
             return Ok(());
         }
-        let kept = if self.has_data_file() { AUTOCLEAR_RAW_DATA } else { 0 };
-        let autoclear = self.header.autoclear & kept;
-        if self.header.version >= 3 && autoclear != self.header.autoclear {
-            self.check_poison()?;
-            if let Err(error) = self.write_autoclear(st, autoclear).await {
-                self.poison(&error);
-                return Err(error);
-            }
-        }
+        let dirty = if self.header.is_lazy() { INCOMPATIBLE_DIRTY } else { 0 };
+        self.write_features(st, dirty).await?;
         self.writing.store(true, Ordering::Release);
         Ok(())
     }
 
-    async fn write_autoclear(&self, st: &dyn Storage, autoclear: u64) -> Result<()> {
-        let failed = |source| Error::io("clearing autoclear bits", source);
-        let buf = Buf::copy_of(&autoclear.to_be_bytes());
-        let write = Op::Write { at: AUTOCLEAR_AT, buf };
-        st.submit(self.file, Purpose::HeaderWrite, write).await.map_err(failed)?;
-        st.submit(self.file, Purpose::SyncHeader, Op::Sync).await.map_err(failed)
+    /// Makes the feature bits in the header say what is true while we write, or after.
+    ///
+    /// # Errors
+    /// When they cannot be made durable; the image is poisoned then.
+    pub(super) async fn write_features(&self, st: &dyn Storage, dirty: u64) -> Result<()> {
+        let header = &self.header;
+        let kept = if self.has_data_file() { AUTOCLEAR_RAW_DATA } else { 0 };
+        let features = [header.incompatible | dirty, header.compatible, header.autoclear & kept];
+        if header.version < 3 || *lock(&self.features) == features {
+            return Ok(());
+        }
+        self.check_poison()?;
+        let buf = Buf::copy_of(&features.map(u64::to_be_bytes).concat());
+        let write = Op::Write { at: FEATURES_AT, buf };
+        let mut done = st.submit(self.file, Purpose::HeaderWrite, write).await;
+        if done.is_ok() {
+            done = st.submit(self.file, Purpose::SyncHeader, Op::Sync).await;
+        }
+        done.map_err(|source| {
+            let error = Error::io("changing the feature bits", source);
+            self.poison(&error);
+            error
+        })?;
+        *lock(&self.features) = features;
+        Ok(())
     }
 
     /// Flushes when so much is dirty, or at rest in limbo, that more should wait.
