@@ -260,6 +260,34 @@ fn own(seed: u64, size: u64, cluster_bits: u32, refcount_order: u32, requests: u
 }
 
 #[test]
+fn a_disk_of_more_clusters_than_a_signed_word_counts() {
+    let size = 200 << 40;
+    assert!(size >> 16 > 1 << 31);
+    let disk = MemDisk::new();
+    let engine = disk.engine(0, 0);
+    let layout = CreateOptions::new(size);
+    let made = create(&engine, &disk, Path::new(IMAGE), &layout);
+    block_on(&engine, made).expect("create");
+    let places = [0, 140 << 40, size - 4096];
+    let image = open(&engine, &disk, false).expect("open");
+    for (byte, at) in (1..).zip(places) {
+        let write = image.write(&engine, GuestOffset(at), Buf::copy_of(&[byte; 4096]));
+        block_on(&engine, write).expect("write");
+    }
+    block_on(&engine, image.discard(&engine, GuestOffset(139 << 40), 2 << 40)).expect("discard");
+    block_on(&engine, image.close(&engine)).expect("close");
+    let image = open(&engine, &disk, false).expect("open again");
+    for (byte, at) in (1..).zip(places) {
+        let buf = Buf::zeroed(4096);
+        block_on(&engine, image.read(&engine, GuestOffset(at), buf.clone())).expect("read");
+        let expected = if at == 140 << 40 { 0 } else { byte };
+        assert!(buf.to_vec() == [expected; 4096], "at {at:#x}");
+    }
+    let (verdict, printed) = Dir::of(&disk).check(IMAGE);
+    assert_eq!(verdict, Verdict::Clean, "{printed}");
+}
+
+#[test]
 fn raw_files_of_any_size() {
     for seed in seeds(4) {
         let _repeat = Repeat::new("model", "raw_files_of_any_size", seed);
