@@ -145,6 +145,25 @@ fn preallocated_metadata() {
 }
 
 #[test]
+fn subclusters() {
+    Case::empty("subclusters", 64 * MIB, "extended_l2=on", 64 << 10).run();
+}
+
+#[test]
+fn subclusters_over_a_raw_base() {
+    let mut case = Case::new("subclusters-over-raw", 64 * MIB);
+    case.half_filled_raw("base.raw", 40 * MIB / SECTOR);
+    let options = "extended_l2=on,cluster_size=128k,backing_file=base.raw,backing_fmt=raw";
+    images::create(&case.image, "qcow2", options, 64 * MIB);
+    case.run();
+}
+
+#[test]
+fn lazy_refcounts() {
+    Case::empty("lazy", 64 * MIB, "lazy_refcounts=on", 64 << 10).run();
+}
+
+#[test]
 fn several_queues() {
     let case = Case::empty("queues", 64 * MIB, "", 64 << 10);
     Case { queues: 4, ..case }.run();
