@@ -41,6 +41,8 @@ pub struct OpenOptions {
     pub backing_format: Option<Format>,
     /// Memory for tables, for each qcow2 layer.
     pub caches: CacheSizes,
+    /// Compress what the guest writes, where it writes whole clusters to a new place.
+    pub compress: bool,
 }
 
 impl Image {
@@ -56,7 +58,12 @@ impl Image {
     ) -> Result<Self> {
         let gate = Gate::new(st, source, path, options)?;
         let layers = gate.open_chain(path).await?;
-        Ok(Self::from_layers(layers, options.read_only))
+        let mut image = Self::from_layers(layers, options.read_only);
+        image.compress = options.compress;
+        if options.compress {
+            image.compressible().map_err(|error| error.within(path.display()))?;
+        }
+        Ok(image)
     }
 }
 

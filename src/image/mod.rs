@@ -6,6 +6,7 @@
 //! in one go, and the mapping is changed last.
 
 mod chain;
+mod compress;
 mod erase;
 pub mod gate;
 mod transfer;
@@ -27,6 +28,8 @@ pub struct Image {
     chain: Chain,
     size: u64,
     read_only: bool,
+    /// Whether guests' writes of whole new clusters are compressed.
+    compress: bool,
 }
 
 impl fmt::Debug for Image {
@@ -44,7 +47,7 @@ impl Image {
 
     fn from_layers(layers: Vec<Layer>, read_only: bool) -> Self {
         let size = layers[0].size();
-        Self { chain: Chain(layers), size, read_only }
+        Self { chain: Chain(layers), size, read_only, compress: false }
     }
 
     /// The disk's size in bytes, a multiple of 512: a last sector that the image only holds in
@@ -112,6 +115,17 @@ impl Image {
     /// image contradicts itself or was poisoned before.
     pub async fn write(&self, st: &dyn Storage, at: GuestOffset, buf: Buf) -> Result<()> {
         self.check_write(at, buf.len() as u64)?;
+        self.write_mode(st, at, buf, self.compress).await
+    }
+
+    /// Writes a range that was checked; `compress` says what becomes of whole new clusters.
+    async fn write_mode(
+        &self,
+        st: &dyn Storage,
+        at: GuestOffset,
+        buf: Buf,
+        compress: bool,
+    ) -> Result<()> {
         let image = match self.chain.top() {
             Layer::Raw(raw) => {
                 let op = Op::Write { at: raw.host(at), buf };
@@ -123,7 +137,7 @@ impl Image {
         image.start_writing(st).await?;
         let _stay = image.epochs().enter(st.lane());
         let mut batch = Batch::default();
-        let result = self.write_parts(st, at, &buf, &mut batch).await;
+        let result = self.write_parts(st, at, &buf, compress, &mut batch).await;
         let written = batch.finish().await;
         image.mark_dirty(image.data_file());
         result.and(written)
@@ -135,6 +149,7 @@ impl Image {
         st: &dyn Storage,
         at: GuestOffset,
         buf: &Buf,
+        compress: bool,
         batch: &mut Batch,
     ) -> Result<()> {
         let Layer::Qcow2(image) = self.chain.top() else { unreachable!("checked by the caller") };
@@ -154,6 +169,13 @@ impl Image {
                     batch.add(st.submit(file, Purpose::GuestWrite, Op::Write { at, buf: part }));
                 }
                 WriteTarget::Allocate => {
+                    let cluster = image.cluster_size();
+                    let most = if compress { cluster - here.within(cluster) } else { left };
+                    let left = left.min(most);
+                    if compress && self.compress_cluster(st, here, &part(buf, done, left)).await? {
+                        done += part(buf, done, left).len();
+                        continue;
+                    }
                     let Some(plan) = image.prepare_write(st, here, left).await? else { continue };
                     let len = left.min(plan.start().0 + plan.len() - here.0);
                     let part = part(buf, done, len);

@@ -4,13 +4,15 @@
 //! file into a [`Qcow2`], `table` caches tables, `map` looks entries up, `refcount` and `alloc`
 //! find room, `claims` keeps writers of one cluster apart, `write`, `fill` and `discard` change
 //! entries, `flush` makes changes durable in the order that `ORDERING.md` states, `limbo` and
-//! `epoch` decide when a freed cluster may be used again.
+//! `epoch` decide when a freed cluster may be used again. Of compressed clusters, `compress` knows
+//! the encodings, `compress_write` where new ones go.
 //!
 //! A method without a [`Storage`](crate::storage::Storage) argument cannot do I/O and cannot wait.
 
 mod alloc;
 mod claims;
 mod compress;
+mod compress_write;
 pub mod create;
 mod discard;
 mod epoch;
@@ -31,7 +33,7 @@ mod write;
 use std::collections::BTreeSet;
 use std::fmt;
 
-pub(crate) use compress::inflate;
+pub(crate) use compress::{deflate, inflate};
 pub(crate) use discard::Erase;
 pub(crate) use epoch::Epochs;
 pub(crate) use map::CompressedExtent;
@@ -42,6 +44,7 @@ use crate::bytes::{HostOffset, round_up};
 use crate::error::{Error, Result};
 use crate::qcow2::alloc::Allocator;
 use crate::qcow2::claims::Claims;
+use crate::qcow2::compress_write::Packer;
 use crate::qcow2::flush::FlushGate;
 use crate::qcow2::geometry::Geometry;
 use crate::qcow2::header::{Compression, Header};
@@ -92,6 +95,8 @@ pub struct Qcow2 {
     limbo: Limbo,
     epochs: Epochs,
     flush: FlushGate,
+    /// Where compressed clusters go.
+    packer: Packer,
     /// Bytes were written since the last sync, to the image and to the data file.
     image_dirty: AtomicBool,
     data_dirty: AtomicBool,

@@ -6,6 +6,7 @@ use crate::bytes::{HostOffset, be64, round_up};
 use crate::error::{CorruptKind, Error, Result};
 use crate::qcow2::alloc::Allocator;
 use crate::qcow2::claims::Claims;
+use crate::qcow2::compress_write::Packer;
 use crate::qcow2::epoch::Epochs;
 use crate::qcow2::flush::FlushGate;
 use crate::qcow2::format::{INCOMPATIBLE_CORRUPT, INCOMPATIBLE_DIRTY, OFFSET_MASK};
@@ -121,6 +122,7 @@ impl Qcow2 {
             limbo: Limbo::default(),
             epochs: Epochs::new(),
             flush: FlushGate::default(),
+            packer: Packer::default(),
             image_dirty: AtomicBool::new(false),
             data_dirty: AtomicBool::new(false),
             features: Mutex::new([header.incompatible, header.compatible, header.autoclear]),
