@@ -17,9 +17,10 @@ use crate::bytes::GuestOffset;
 use crate::error::{Error, Result};
 use crate::image::chain::{Chain, Layer};
 use crate::image::transfer::Batch;
-use crate::qcow2::{Epochs, WritePlan, WriteTarget};
+use crate::qcow2::{Epochs, Inflated, InflatedBytes, WritePlan, WriteTarget};
 use crate::raw::Raw;
 use crate::storage::{Buf, Op, Purpose, Storage};
+use crate::sync::Arc;
 
 pub use gate::{Format, OpenOptions, create};
 
@@ -30,6 +31,7 @@ pub struct Image {
     read_only: bool,
     /// Whether guests' writes of whole new clusters are compressed.
     compress: bool,
+    inflated: Arc<Inflated>,
 }
 
 impl fmt::Debug for Image {
@@ -47,7 +49,8 @@ impl Image {
 
     fn from_layers(layers: Vec<Layer>, read_only: bool) -> Self {
         let size = layers[0].size();
-        Self { chain: Chain(layers), size, read_only, compress: false }
+        let inflated = Arc::new(Inflated::new(InflatedBytes(0)));
+        Self { chain: Chain(layers), size, read_only, compress: false, inflated }
     }
 
     /// The disk's size in bytes, a multiple of 512: a last sector that the image only holds in

@@ -185,6 +185,10 @@ impl Qcow2 {
         st: &dyn Storage,
         mut plan: CompressedPlan<'_>,
     ) -> Result<()> {
+        let Compressed { at, bytes } = plan.place;
+        // Nothing that the entry of a compressed cluster can say is longer than two clusters.
+        let longest = 2 * self.geometry.cluster_size();
+        self.inflated.forget(self.file, at.0..at.0 + bytes, longest);
         // No subcluster of a compressed cluster has a bit of its own.
         let entry = L2Entry { word: plan.entry, bitmap: 0 };
         self.set_entries(st, plan.cluster, 1, |_| entry).await?;
