@@ -243,6 +243,7 @@ fn help_has_an_example_and_every_option() {
         "--block-size",
         "--allow-path",
         "--backing-format",
+        "--compress",
         "--log-level",
         "--print-capabilities",
         "Examples:",

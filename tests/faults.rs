@@ -31,13 +31,14 @@ const POISONING: [Purpose; 8] = [
 ];
 
 /// Every purpose there is.
-const PURPOSES: [Purpose; 24] = [
+const PURPOSES: [Purpose; 25] = [
     Purpose::GuestRead,
     Purpose::GuestWrite,
     Purpose::GuestZero,
     Purpose::GuestDiscard,
     Purpose::CowRead,
     Purpose::CompressedRead,
+    Purpose::CompressedWrite,
     Purpose::HeaderRead,
     Purpose::HeaderWrite,
     Purpose::L1Load,

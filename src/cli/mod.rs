@@ -93,6 +93,10 @@ pub struct Arguments {
     #[arg(long, value_enum)]
     pub backing_format: Option<ImageFormat>,
 
+    /// Compress what the guest writes, where it writes whole clusters to a new place
+    #[arg(long)]
+    pub compress: bool,
+
     /// How much to log: error, warn, info, debug or trace [default: info]; RUST_LOG overrides it
     #[arg(long, value_name = "LEVEL")]
     #[arg(value_parser = PossibleValuesParser::new(["error", "warn", "info", "debug", "trace"]))]
@@ -168,6 +172,7 @@ impl Arguments {
             read_only: self.read_only,
             allow_paths: self.allow_path.clone(),
             backing_format: self.backing_format.map(Format::from),
+            compress: self.compress,
             ..OpenOptions::default()
         }
     }

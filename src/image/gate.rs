@@ -12,9 +12,10 @@ use crate::image::chain::Layer;
 use crate::qcow2::create::CreateOptions;
 use crate::qcow2::header::Header;
 use crate::qcow2::open::{Parts, read_header};
-use crate::qcow2::{CacheSizes, Qcow2};
+use crate::qcow2::{CacheSizes, Inflated, InflatedBytes, Qcow2};
 use crate::raw::Raw;
 use crate::storage::{FileSource, OpenMode, Opened, Storage};
+use crate::sync::Arc;
 
 /// Most layers of a chain.
 const DEPTH_LIMIT: usize = 64;
@@ -41,6 +42,10 @@ pub struct OpenOptions {
     pub backing_format: Option<Format>,
     /// Memory for tables, for each qcow2 layer.
     pub caches: CacheSizes,
+    /// Memory for inflated clusters, for all layers together.
+    pub inflated: InflatedBytes,
+    /// Compress what the guest writes, where it writes whole clusters to a new place.
+    pub compress: bool,
 }
 
 impl Image {
@@ -56,7 +61,12 @@ impl Image {
     ) -> Result<Self> {
         let gate = Gate::new(st, source, path, options)?;
         let layers = gate.open_chain(path).await?;
-        Ok(Self::from_layers(layers, options.read_only))
+        let mut image = Self::from_layers(layers, options.read_only);
+        (image.inflated, image.compress) = (gate.inflated, options.compress);
+        if options.compress {
+            image.compressible().map_err(|error| error.within(path.display()))?;
+        }
+        Ok(image)
     }
 }
 
@@ -81,6 +91,7 @@ struct Gate<'a> {
     options: &'a OpenOptions,
     /// Directories that references may lead into, links resolved.
     roots: Vec<PathBuf>,
+    inflated: Arc<Inflated>,
 }
 
 /// A file to open as the next layer.
@@ -100,7 +111,8 @@ impl<'a> Gate<'a> {
         for path in &options.allow_paths {
             roots.push(source.canonical(path)?);
         }
-        Ok(Self { st, source, options, roots })
+        let inflated = Arc::new(Inflated::new(options.inflated));
+        Ok(Self { st, source, options, roots, inflated })
     }
 
     async fn open_chain(&self, path: &Path) -> Result<Vec<Layer>> {
@@ -160,6 +172,7 @@ impl<'a> Gate<'a> {
             caches: self.options.caches,
         };
         let image = Qcow2::open(self.st, &name, file, header, parts).await?;
+        let image = image.with_inflated(Arc::clone(&self.inflated));
         Ok((Layer::Qcow2(Box::new(image)), next))
     }
 

@@ -6,6 +6,7 @@
 //! in one go, and the mapping is changed last.
 
 mod chain;
+mod compress;
 mod erase;
 pub mod gate;
 mod transfer;
@@ -16,9 +17,10 @@ use crate::bytes::GuestOffset;
 use crate::error::{Error, Result};
 use crate::image::chain::{Chain, Layer};
 use crate::image::transfer::Batch;
-use crate::qcow2::{Epochs, WritePlan, WriteTarget};
+use crate::qcow2::{Epochs, Inflated, InflatedBytes, WritePlan, WriteTarget};
 use crate::raw::Raw;
 use crate::storage::{Buf, Op, Purpose, Storage};
+use crate::sync::Arc;
 
 pub use gate::{Format, OpenOptions, create};
 
@@ -27,6 +29,9 @@ pub struct Image {
     chain: Chain,
     size: u64,
     read_only: bool,
+    /// Whether guests' writes of whole new clusters are compressed.
+    compress: bool,
+    inflated: Arc<Inflated>,
 }
 
 impl fmt::Debug for Image {
@@ -44,7 +49,8 @@ impl Image {
 
     fn from_layers(layers: Vec<Layer>, read_only: bool) -> Self {
         let size = layers[0].size();
-        Self { chain: Chain(layers), size, read_only }
+        let inflated = Arc::new(Inflated::new(InflatedBytes(0)));
+        Self { chain: Chain(layers), size, read_only, compress: false, inflated }
     }
 
     /// The disk's size in bytes, a multiple of 512: a last sector that the image only holds in
@@ -112,6 +118,17 @@ impl Image {
     /// image contradicts itself or was poisoned before.
     pub async fn write(&self, st: &dyn Storage, at: GuestOffset, buf: Buf) -> Result<()> {
         self.check_write(at, buf.len() as u64)?;
+        self.write_mode(st, at, buf, self.compress).await
+    }
+
+    /// Writes a range that was checked; `compress` says what becomes of whole new clusters.
+    async fn write_mode(
+        &self,
+        st: &dyn Storage,
+        at: GuestOffset,
+        buf: Buf,
+        compress: bool,
+    ) -> Result<()> {
         let image = match self.chain.top() {
             Layer::Raw(raw) => {
                 let op = Op::Write { at: raw.host(at), buf };
@@ -123,7 +140,7 @@ impl Image {
         image.start_writing(st).await?;
         let _stay = image.epochs().enter(st.lane());
         let mut batch = Batch::default();
-        let result = self.write_parts(st, at, &buf, &mut batch).await;
+        let result = self.write_parts(st, at, &buf, compress, &mut batch).await;
         let written = batch.finish().await;
         image.mark_dirty(image.data_file());
         result.and(written)
@@ -135,6 +152,7 @@ impl Image {
         st: &dyn Storage,
         at: GuestOffset,
         buf: &Buf,
+        compress: bool,
         batch: &mut Batch,
     ) -> Result<()> {
         let Layer::Qcow2(image) = self.chain.top() else { unreachable!("checked by the caller") };
@@ -154,6 +172,13 @@ impl Image {
                     batch.add(st.submit(file, Purpose::GuestWrite, Op::Write { at, buf: part }));
                 }
                 WriteTarget::Allocate => {
+                    let cluster = image.cluster_size();
+                    let most = if compress { cluster - here.within(cluster) } else { left };
+                    let left = left.min(most);
+                    if compress && self.compress_cluster(st, here, &part(buf, done, left)).await? {
+                        done += part(buf, done, left).len();
+                        continue;
+                    }
                     let Some(plan) = image.prepare_write(st, here, left).await? else { continue };
                     let len = left.min(plan.start().0 + plan.len() - here.0);
                     let part = part(buf, done, len);

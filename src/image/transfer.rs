@@ -2,7 +2,7 @@
 
 use smallvec::SmallVec;
 
-use crate::bytes::{GuestOffset, HostOffset};
+use crate::bytes::GuestOffset;
 use crate::error::{Error, Result};
 use crate::image::Image;
 use crate::image::chain::Place;
@@ -62,10 +62,7 @@ impl Image {
                     batch.add(st.submit(file, why, Op::Read { at, buf }));
                 }
                 Place::Plain(_) => buf.fill_zero(done, len),
-                Place::Compressed { .. } => {
-                    let bytes = inflate(st, &place).await?;
-                    buf.copy_from(done, &bytes);
-                }
+                Place::Compressed { .. } => self.read_compressed(st, &place, buf, done).await?,
             }
             done += len;
         }
@@ -88,20 +85,28 @@ impl Image {
         }
         Ok(true)
     }
-}
 
-/// The bytes asked for of a compressed cluster.
-async fn inflate(st: &dyn Storage, place: &Place) -> Result<Vec<u8>> {
-    let Place::Compressed { file, kind, cluster_size, extent } = *place else {
-        unreachable!("the caller has matched it");
-    };
-    let size = |bytes: u64| usize::try_from(bytes).expect("at most two clusters");
-    let source = Buf::zeroed(size(extent.place.bytes));
-    let at: HostOffset = extent.place.at;
-    let op = Op::Read { at, buf: source.clone() };
-    let done = st.submit(file, Purpose::CompressedRead, op).await;
-    done.map_err(|source| Error::io("reading a compressed cluster", source))?;
-    let source = source.to_vec();
-    let cluster = crate::qcow2::inflate(kind, extent.place, &source, size(cluster_size))?;
-    Ok(cluster[size(extent.skip)..size(extent.skip + extent.len)].to_vec())
+    /// Copies the bytes asked for of a compressed cluster to `buf` from `done` on.
+    async fn read_compressed(
+        &self,
+        st: &dyn Storage,
+        place: &Place,
+        buf: &Buf,
+        done: usize,
+    ) -> Result<()> {
+        let Place::Compressed { file, kind, cluster_size, extent } = *place else {
+            unreachable!("the caller has matched it");
+        };
+        let size = |bytes: u64| usize::try_from(bytes).expect("at most two clusters");
+        let load = async || {
+            let source = Buf::zeroed(size(extent.place.bytes));
+            let op = Op::Read { at: extent.place.at, buf: source.clone() };
+            let read = st.submit(file, Purpose::CompressedRead, op).await;
+            read.map_err(|source| Error::io("reading a compressed cluster", source))?;
+            crate::qcow2::inflate(kind, extent.place, &source.to_vec(), size(cluster_size))
+        };
+        let cluster = self.inflated.get(file, extent.place, load).await?;
+        buf.copy_from(done, &cluster[size(extent.skip)..size(extent.skip + extent.len)]);
+        Ok(())
+    }
 }

@@ -1,12 +1,34 @@
-//! Inflating compressed clusters. Hostile input: the output is bounded by the cluster, the input
-//! by what the entry states, and both decoders check their data.
+//! Compressing and inflating one cluster.
+//!
+//! What is read is hostile: the output is bounded by the cluster, the input by what the entry
+//! states, no window is allocated beside them, and both decoders check their data. What is written
+//! must be readable by everybody: QEMU inflates with a window of 4 KiB, so nothing may refer to
+//! bytes further back than that.
+//!
+//! A thread keeps its encoders and decoders, which are larger than most clusters.
 
-use flate2::{Decompress, FlushDecompress, Status};
-use zstd::stream::raw::{Decoder, InBuffer, Operation, OutBuffer};
+use std::cell::RefCell;
+
+use flate2::{Compress, Decompress, FlushCompress, FlushDecompress, Status};
+use zstd::zstd_safe::{CCtx, DCtx, find_frame_compressed_size};
 
 use crate::error::{CorruptKind, Error, Result};
 use crate::qcow2::format::Compressed;
 use crate::qcow2::header::Compression;
+
+/// log2 of the window in bytes that readers of raw deflate provide.
+const WINDOW_BITS: u8 = 12;
+
+thread_local! {
+    static INFLATE: RefCell<Decompress> = RefCell::new(Decompress::new(false));
+    static DEFLATE: RefCell<Compress> = RefCell::new(Compress::new_with_window_bits(
+        flate2::Compression::default(),
+        false,
+        WINDOW_BITS,
+    ));
+    static FROM_ZSTD: RefCell<DCtx<'static>> = RefCell::new(DCtx::create());
+    static TO_ZSTD: RefCell<CCtx<'static>> = RefCell::new(CCtx::create());
+}
 
 /// The bytes of one cluster of `size` bytes, from what lies at `place`.
 ///
@@ -33,55 +55,108 @@ pub(crate) fn inflate(
 
 /// Raw deflate without header or checksum.
 fn inflate_zlib(source: &[u8], cluster: &mut [u8]) -> Option<usize> {
-    let mut stream = Decompress::new(false);
-    let status = stream.decompress(source, cluster, FlushDecompress::Finish).ok()?;
-    match status {
-        Status::Ok | Status::StreamEnd | Status::BufError => {
-            usize::try_from(stream.total_out()).ok()
+    INFLATE.with_borrow_mut(|stream| {
+        stream.reset(false);
+        let status = stream.decompress(source, cluster, FlushDecompress::Finish).ok()?;
+        match status {
+            Status::Ok | Status::StreamEnd | Status::BufError => {
+                usize::try_from(stream.total_out()).ok()
+            }
         }
-    }
+    })
 }
 
+/// One whole frame. Decoding it in one step needs no window, however large a one it asks for.
 fn inflate_zstd(source: &[u8], cluster: &mut [u8]) -> Option<usize> {
-    let mut stream = Decoder::new().ok()?;
-    let mut input = InBuffer::around(source);
-    let mut output = OutBuffer::around(cluster);
-    // One frame may need several steps; a step that moves nothing has hit the end of the input.
-    loop {
-        let before = (input.pos(), output.pos());
-        let hint = stream.run(&mut input, &mut output).ok()?;
-        if hint == 0 || output.pos() == output.capacity() || (input.pos(), output.pos()) == before {
-            return Some(output.pos());
-        }
-    }
+    let frame = source.get(..find_frame_compressed_size(source).ok()?)?;
+    FROM_ZSTD.with_borrow_mut(|stream| stream.decompress(cluster, frame).ok())
+}
+
+/// The bytes of one cluster, compressed; `None` when that saves nothing.
+pub(crate) fn deflate(kind: Compression, cluster: &[u8]) -> Option<Vec<u8>> {
+    let mut target = vec![0; cluster.len().checked_sub(1)?];
+    let len = match kind {
+        Compression::Zlib => deflate_zlib(cluster, &mut target),
+        Compression::Zstd => TO_ZSTD.with_borrow_mut(|stream| {
+            // An error says that the target is too small.
+            stream.compress(&mut target[..], cluster, zstd::DEFAULT_COMPRESSION_LEVEL).ok()
+        }),
+    };
+    target.truncate(len?);
+    Some(target)
+}
+
+fn deflate_zlib(cluster: &[u8], target: &mut [u8]) -> Option<usize> {
+    DEFLATE.with_borrow_mut(|stream| {
+        stream.reset();
+        let status = stream.compress(cluster, target, FlushCompress::Finish).ok()?;
+        let len = usize::try_from(stream.total_out()).ok()?;
+        (status == Status::StreamEnd).then_some(len)
+    })
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::bytes::HostOffset;
-    use std::io::Write;
 
     const PLACE: Compressed = Compressed { at: HostOffset(0x5_0000), bytes: 512 };
+    const KINDS: [Compression; 2] = [Compression::Zlib, Compression::Zstd];
 
-    fn deflated(bytes: &[u8]) -> Vec<u8> {
-        let level = flate2::Compression::default();
-        let mut encoder = flate2::write::DeflateEncoder::new(Vec::new(), level);
-        encoder.write_all(bytes).expect("to memory");
-        encoder.finish().expect("to memory")
+    fn noise(len: usize) -> Vec<u8> {
+        let mut random = fastrand::Rng::with_seed(7);
+        std::iter::repeat_with(|| random.u8(..)).take(len).collect()
     }
 
     #[test]
-    fn both_kinds_ignore_padding_and_refuse_short_output() {
+    fn both_kinds_ignore_padding_and_refuse_other_sizes() {
         let cluster = b"0123456789abcdef".repeat(256);
-        let zstd = zstd::bulk::compress(&cluster, 3).expect("to memory");
-        for (kind, mut bytes) in
-            [(Compression::Zlib, deflated(&cluster)), (Compression::Zstd, zstd)]
-        {
+        for kind in KINDS {
+            let mut bytes = deflate(kind, &cluster).expect("it repeats itself");
+            assert!(inflate(kind, PLACE, &bytes[..bytes.len() / 2], 4096).is_err(), "{kind:?}");
             bytes.extend([0xee; 300]);
             assert_eq!(inflate(kind, PLACE, &bytes, 4096).expect("inflates"), cluster);
             assert!(inflate(kind, PLACE, &bytes, 8192).is_err(), "{kind:?} gives half a cluster");
             assert!(inflate(kind, PLACE, &[0xff; 512], 4096).is_err(), "{kind:?} takes garbage");
+            // An encoder or decoder that has failed goes on.
+            assert_eq!(inflate(kind, PLACE, &bytes, 4096).expect("inflates"), cluster);
         }
+    }
+
+    #[test]
+    fn what_does_not_shrink_is_not_compressed() {
+        for kind in KINDS {
+            for len in [512, 4096, 65536] {
+                assert_eq!(deflate(kind, &noise(len)), None, "{kind:?}");
+                assert!(deflate(kind, &vec![0; len]).is_some(), "{kind:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn raw_deflate_refers_no_further_back_than_readers_remember() {
+        let mut cluster = noise(8192);
+        cluster.extend_from_within(..);
+        assert_eq!(deflate(Compression::Zlib, &cluster), None, "the copy lies 8 KiB back");
+        let mut near = noise(2048);
+        near.extend_from_within(..);
+        let bytes = deflate(Compression::Zlib, &near).expect("the copy lies 2 KiB back");
+        let mut reader = Decompress::new_with_window_bits(false, WINDOW_BITS);
+        let mut found = vec![0; near.len()];
+        reader.decompress(&bytes, &mut found, FlushDecompress::Finish).expect("inflates");
+        assert!(found == near);
+    }
+
+    #[test]
+    fn a_frame_that_asks_for_a_huge_window_gets_none() {
+        // Magic, a descriptor without a content size, a window of 2^41 bytes, and one last block
+        // that repeats a byte 4096 times: valid but for the window.
+        let frame = [0x28, 0xb5, 0x2f, 0xfd, 0x00, 0xf8, 0x03, 0x80, 0x00, 0x55];
+        let outcome = inflate(Compression::Zstd, PLACE, &frame, 4096);
+        outcome.expect_err("more than any window a decoder takes");
+        // 2^27 bytes: a decoder that allocates what the frame asks for would take it all.
+        let frame = [0x28, 0xb5, 0x2f, 0xfd, 0x00, 17 << 3, 0x03, 0x80, 0x00, 0x55];
+        let cluster = inflate(Compression::Zstd, PLACE, &frame, 4096).expect("inflates");
+        assert_eq!(cluster, [0x55; 4096]);
     }
 }

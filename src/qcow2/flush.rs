@@ -248,6 +248,7 @@ impl Qcow2 {
         if let Some(run) = self.allocator.drain_reserved() {
             self.limbo.never_linked(run, self.epochs.now());
         }
+        self.release_packer();
         self.lazy.store(false, Ordering::Release);
         loop {
             self.flush(st).await?;

@@ -4,13 +4,15 @@
 //! file into a [`Qcow2`], `table` caches tables, `map` looks entries up, `refcount` and `alloc`
 //! find room, `claims` keeps writers of one cluster apart, `write`, `fill` and `discard` change
 //! entries, `flush` makes changes durable in the order that `ORDERING.md` states, `limbo` and
-//! `epoch` decide when a freed cluster may be used again.
+//! `epoch` decide when a freed cluster may be used again. Of compressed clusters, `compress` knows
+//! the encodings, `compress_write` where new ones go, `inflated` what was read.
 //!
 //! A method without a [`Storage`](crate::storage::Storage) argument cannot do I/O and cannot wait.
 
 mod alloc;
 mod claims;
 mod compress;
+mod compress_write;
 pub mod create;
 mod discard;
 mod epoch;
@@ -19,6 +21,7 @@ mod flush;
 pub mod format;
 pub mod geometry;
 pub mod header;
+mod inflated;
 mod limbo;
 mod map;
 pub mod open;
@@ -31,9 +34,11 @@ mod write;
 use std::collections::BTreeSet;
 use std::fmt;
 
-pub(crate) use compress::inflate;
+pub(crate) use compress::{deflate, inflate};
 pub(crate) use discard::Erase;
 pub(crate) use epoch::Epochs;
+pub(crate) use inflated::Inflated;
+pub use inflated::InflatedBytes;
 pub(crate) use map::CompressedExtent;
 pub use map::{Extent, WriteTarget};
 pub use write::WritePlan;
@@ -42,6 +47,7 @@ use crate::bytes::{HostOffset, round_up};
 use crate::error::{Error, Result};
 use crate::qcow2::alloc::Allocator;
 use crate::qcow2::claims::Claims;
+use crate::qcow2::compress_write::Packer;
 use crate::qcow2::flush::FlushGate;
 use crate::qcow2::geometry::Geometry;
 use crate::qcow2::header::{Compression, Header};
@@ -50,7 +56,7 @@ use crate::qcow2::refcount::Refcounts;
 use crate::qcow2::regions::Regions;
 use crate::qcow2::table::TableCache;
 use crate::storage::FileId;
-use crate::sync::{AtomicBool, AtomicU64, Mutex, OnceLock, Ordering};
+use crate::sync::{Arc, AtomicBool, AtomicU64, Mutex, OnceLock, Ordering};
 
 /// How much memory an image's tables may take.
 #[derive(Debug, Clone, Copy)]
@@ -92,6 +98,9 @@ pub struct Qcow2 {
     limbo: Limbo,
     epochs: Epochs,
     flush: FlushGate,
+    /// Where compressed clusters go, and what was inflated of those that are there.
+    packer: Packer,
+    inflated: Arc<Inflated>,
     /// Bytes were written since the last sync, to the image and to the data file.
     image_dirty: AtomicBool,
     data_dirty: AtomicBool,
@@ -116,6 +125,11 @@ impl Qcow2 {
     /// for the rest of the sector.
     pub fn size(&self) -> u64 {
         round_up(self.header.size, 512)
+    }
+
+    /// The same image, with a cache of inflated clusters that it shares with other layers.
+    pub(crate) fn with_inflated(self, inflated: Arc<Inflated>) -> Self {
+        Self { inflated, ..self }
     }
 
     /// What the header said when the image was opened.

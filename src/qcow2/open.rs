@@ -6,6 +6,7 @@ use crate::bytes::{HostOffset, be64, round_up};
 use crate::error::{CorruptKind, Error, Result};
 use crate::qcow2::alloc::Allocator;
 use crate::qcow2::claims::Claims;
+use crate::qcow2::compress_write::Packer;
 use crate::qcow2::epoch::Epochs;
 use crate::qcow2::flush::FlushGate;
 use crate::qcow2::format::{INCOMPATIBLE_CORRUPT, INCOMPATIBLE_DIRTY, OFFSET_MASK};
@@ -15,9 +16,9 @@ use crate::qcow2::refcount::Refcounts;
 use crate::qcow2::regions::Regions;
 use crate::qcow2::snapshot::{self, Parsed, Snapshot};
 use crate::qcow2::table::TableCache;
-use crate::qcow2::{CacheSizes, Qcow2};
+use crate::qcow2::{CacheSizes, Inflated, InflatedBytes, Qcow2};
 use crate::storage::{Buf, FileId, Op, Opened, Purpose, Storage};
-use crate::sync::{AtomicBool, AtomicU64, Mutex, OnceLock};
+use crate::sync::{Arc, AtomicBool, AtomicU64, Mutex, OnceLock};
 
 /// What an image is opened with, beside its own file.
 #[derive(Debug, Clone, Copy)]
@@ -121,6 +122,8 @@ impl Qcow2 {
             limbo: Limbo::default(),
             epochs: Epochs::new(),
             flush: FlushGate::default(),
+            packer: Packer::default(),
+            inflated: Arc::new(Inflated::new(InflatedBytes(0))),
             image_dirty: AtomicBool::new(false),
             data_dirty: AtomicBool::new(false),
             features: Mutex::new([header.incompatible, header.compatible, header.autoclear]),

@@ -115,6 +115,8 @@ pub enum Purpose {
     CowRead,
     /// Reading a compressed cluster.
     CompressedRead,
+    /// Writing a guest's cluster compressed.
+    CompressedWrite,
     /// Reading header, extensions and names at open.
     HeaderRead,
     /// Changing fields of the header in place.
