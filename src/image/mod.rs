@@ -8,6 +8,7 @@
 mod chain;
 mod erase;
 pub mod gate;
+pub mod offline;
 mod transfer;
 
 use std::fmt;
@@ -21,6 +22,7 @@ use crate::raw::Raw;
 use crate::storage::{Buf, Op, Purpose, Storage};
 
 pub use gate::{Format, OpenOptions, create};
+pub use offline::{apply_snapshot, create_snapshot, delete_snapshot, resize, snapshots};
 
 /// One guest's disk. Shared by all workers; each brings its own [`Storage`].
 pub struct Image {

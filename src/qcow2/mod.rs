@@ -4,7 +4,8 @@
 //! file into a [`Qcow2`], `table` caches tables, `map` looks entries up, `refcount` and `alloc`
 //! find room, `claims` keeps writers of one cluster apart, `write`, `fill` and `discard` change
 //! entries, `flush` makes changes durable in the order that `ORDERING.md` states, `limbo` and
-//! `epoch` decide when a freed cluster may be used again.
+//! `epoch` decide when a freed cluster may be used again. `snapshot` and `resize`
+//! change images that nothing else uses, through what they share in `offline`.
 //!
 //! A method without a [`Storage`](crate::storage::Storage) argument cannot do I/O and cannot wait.
 
@@ -21,9 +22,11 @@ pub mod geometry;
 pub mod header;
 mod limbo;
 mod map;
+mod offline;
 pub mod open;
 mod refcount;
 mod regions;
+mod resize;
 pub mod snapshot;
 mod table;
 mod write;
@@ -36,6 +39,7 @@ pub(crate) use discard::Erase;
 pub(crate) use epoch::Epochs;
 pub(crate) use map::CompressedExtent;
 pub use map::{Extent, WriteTarget};
+pub use resize::NewSize;
 pub use write::WritePlan;
 
 use crate::bytes::{HostOffset, round_up};
@@ -101,6 +105,8 @@ pub struct Qcow2 {
     writing: AtomicBool,
     /// Refcounts are written when there is nothing better to do, since the dirty bit is set.
     lazy: AtomicBool,
+    /// Nothing that is written changes the guest's bytes: bitmaps of changed clusters stay true.
+    bitmaps_stay: AtomicBool,
     starting: Claims,
     poison: OnceLock<Box<str>>,
 }
