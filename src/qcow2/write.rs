@@ -11,7 +11,8 @@ use crate::error::{Error, Result};
 use crate::qcow2::Qcow2;
 use crate::qcow2::claims::Claim;
 use crate::qcow2::format::{
-    AUTOCLEAR_BITMAPS, AUTOCLEAR_RAW_DATA, COPIED, Cluster, INCOMPATIBLE_DIRTY, L2Entry, OFFSET_MASK,
+    AUTOCLEAR_BITMAPS, AUTOCLEAR_RAW_DATA, COPIED, Cluster, INCOMPATIBLE_DIRTY, L2Entry,
+    OFFSET_MASK,
 };
 use crate::qcow2::geometry::GuestCluster;
 use crate::qcow2::header::FEATURES_AT;

@@ -207,6 +207,8 @@ layouts! {
     clusters_of_4_kib_with_counts_of_four_bits: 2,
         Layout::new(12, 320, Kind::Snapshots).with_refcount_bits(4);
     version_2: 4, Layout::new(9, 96, Kind::Snapshots).version_2();
+    subclusters: 2, Layout::new(14, 600, Kind::Snapshots).extended();
+    late_refcounts: 2, Layout::new(9, 96, Kind::Snapshots).lazy();
     sizes_alone: 6, Layout::new(9, 150, Kind::Plain);
     sizes_alone_with_clusters_of_64_kib: 2, Layout::new(16, 700, Kind::Plain);
     sizes_alone_in_version_2: 4, Layout::new(9, 150, Kind::Plain).version_2();

@@ -114,7 +114,9 @@ pub(crate) fn contents(bytes: &[u8]) -> Contents {
 /// The bytes that an L1 table leads to.
 fn content(bytes: &[u8], (l1, entries): (u64, u64), size: u64) -> Vec<u8> {
     let cluster = 1 << word(bytes, 20, 4);
-    let per_table = cluster / 8;
+    let is_extended = word(bytes, 4, 4) == 3 && word(bytes, 72, 8) & 16 != 0;
+    let (entry_size, units) = if is_extended { (16, 32) } else { (8, 1) };
+    let per_table = cluster / entry_size;
     let mut found = vec![0; index(size)];
     for (number, target) in found.chunks_mut(cluster).enumerate() {
         assert!(((number / per_table) as u64) < entries, "the L1 table is too short");
@@ -122,13 +124,18 @@ fn content(bytes: &[u8], (l1, entries): (u64, u64), size: u64) -> Vec<u8> {
         if table == 0 {
             continue;
         }
-        let entry = word(bytes, index(table) + number % per_table * 8, 8);
+        let place = index(table) + number % per_table * entry_size;
+        let entry = word(bytes, place, 8);
         assert_eq!(entry & COMPRESSED, 0, "this reader inflates nothing");
         let at = index(entry & OFFSET_MASK);
-        if at != 0 && entry & 1 == 0 {
-            let end = (at + target.len()).min(bytes.len());
-            let have = &bytes[at.min(end)..end];
-            target[..have.len()].copy_from_slice(have);
+        let zero = entry & 1 != 0;
+        let allocated = if is_extended { word(bytes, place + 8, 8) } else { u64::from(!zero) };
+        for (unit, target) in target.chunks_mut(cluster / units).enumerate() {
+            let start = (at + unit * (cluster / units)).min(bytes.len());
+            let have = &bytes[start..(start + target.len()).min(bytes.len())];
+            if at != 0 && allocated >> unit & 1 == 1 {
+                target[..have.len()].copy_from_slice(have);
+            }
         }
     }
     found

@@ -175,5 +175,8 @@ layouts! {
     compressed: 15, Layout::new(12, 900, Kind::Compressed("zlib"));
     over_a_longer_raw_file: 15, Layout::new(9, 300, Kind::OverRaw(700));
     over_a_shorter_raw_file: 10, Layout::new(12, 900, Kind::OverRaw(500));
+    subclusters: 10, Layout::new(14, 1500, Kind::Snapshots).extended();
+    subclusters_over_a_longer_raw_file: 6, Layout::new(14, 1500, Kind::OverRaw(2900)).extended();
+    late_refcounts: 10, Layout::new(9, 300, Kind::Snapshots).lazy();
     chain: 10, Layout::new(12, 900, Kind::Chain);
 }

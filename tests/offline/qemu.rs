@@ -165,6 +165,8 @@ layouts! {
     clusters_of_2_mib: Layout::new(21, 9000, Kind::Snapshots);
     version_2_with_clusters_of_512: Layout::new(9, 300, Kind::Snapshots).version_2();
     version_2_with_clusters_of_64_kib: Layout::new(16, 4096, Kind::Snapshots).version_2();
+    subclusters: Layout::new(16, 4096, Kind::Snapshots).extended();
+    late_refcounts: Layout::new(16, 4096, Kind::Snapshots).lazy();
     compressed_by_zlib: Layout::new(12, 800, Kind::Compressed("zlib"));
     compressed_by_zstd: Layout::new(16, 4096, Kind::Compressed("zstd"));
 }
