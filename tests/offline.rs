@@ -5,8 +5,12 @@
 mod cuts;
 #[path = "offline/disk.rs"]
 mod disk;
+#[path = "offline/faults.rs"]
+mod faults;
 #[path = "offline/model.rs"]
 mod model;
+#[path = "offline/ordering.rs"]
+mod ordering;
 #[path = "offline/qemu.rs"]
 mod qemu;
 #[path = "offline/refusals.rs"]
