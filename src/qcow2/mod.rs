@@ -4,8 +4,8 @@
 //! file into a [`Qcow2`], `table` caches tables, `map` looks entries up, `refcount` and `alloc`
 //! find room, `claims` keeps writers of one cluster apart, `write`, `fill` and `discard` change
 //! entries, `flush` makes changes durable in the order that `ORDERING.md` states, `limbo` and
-//! `epoch` decide when a freed cluster may be used again. `snapshot` and `resize` change images that
-//! nothing else uses, through what they share in `offline`.
+//! `epoch` decide when a freed cluster may be used again. `snapshot` and `resize` change images
+//! that nothing else uses, through what they share in `offline`.
 //!
 //! A method without a [`Storage`](crate::storage::Storage) argument cannot do I/O and cannot wait.
 

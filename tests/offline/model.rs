@@ -162,21 +162,21 @@ macro_rules! layouts {
 }
 
 layouts! {
-    clusters_of_512: 25, Layout::new(9, 300, Kind::Snapshots);
-    clusters_of_512_with_wide_counts: 15,
+    clusters_of_512: 12, Layout::new(9, 300, Kind::Snapshots);
+    clusters_of_512_with_wide_counts: 8,
         Layout::new(9, 300, Kind::Snapshots).with_refcount_bits(64);
     clusters_of_512_with_a_growing_refcount_table: 2,
         Layout::new(9, 3600, Kind::Plain).with_refcount_bits(64);
-    clusters_of_4_kib: 15, Layout::new(12, 900, Kind::Plain);
-    clusters_of_4_kib_with_counts_of_four_bits: 15,
+    clusters_of_4_kib: 8, Layout::new(12, 900, Kind::Plain);
+    clusters_of_4_kib_with_counts_of_four_bits: 8,
         Layout::new(12, 900, Kind::Snapshots).with_refcount_bits(4);
-    clusters_of_64_kib: 5, Layout::new(16, 2048, Kind::Snapshots);
-    version_2: 15, Layout::new(9, 300, Kind::Snapshots).version_2();
-    compressed: 15, Layout::new(12, 900, Kind::Compressed("zlib"));
-    over_a_longer_raw_file: 15, Layout::new(9, 300, Kind::OverRaw(700));
-    over_a_shorter_raw_file: 10, Layout::new(12, 900, Kind::OverRaw(500));
-    subclusters: 10, Layout::new(14, 1500, Kind::Snapshots).extended();
+    clusters_of_64_kib: 3, Layout::new(16, 2048, Kind::Snapshots);
+    version_2: 8, Layout::new(9, 300, Kind::Snapshots).version_2();
+    compressed: 8, Layout::new(12, 900, Kind::Compressed("zlib"));
+    over_a_longer_raw_file: 10, Layout::new(9, 300, Kind::OverRaw(700));
+    over_a_shorter_raw_file: 6, Layout::new(12, 900, Kind::OverRaw(500));
+    subclusters: 6, Layout::new(14, 1500, Kind::Snapshots).extended();
     subclusters_over_a_longer_raw_file: 6, Layout::new(14, 1500, Kind::OverRaw(2900)).extended();
-    late_refcounts: 10, Layout::new(9, 300, Kind::Snapshots).lazy();
-    chain: 10, Layout::new(12, 900, Kind::Chain);
+    late_refcounts: 6, Layout::new(9, 300, Kind::Snapshots).lazy();
+    chain: 6, Layout::new(12, 900, Kind::Chain);
 }
