@@ -9,6 +9,7 @@ mod chain;
 mod compress;
 mod erase;
 pub mod gate;
+pub mod offline;
 mod transfer;
 
 use std::fmt;
@@ -23,6 +24,7 @@ use crate::storage::{Buf, Op, Purpose, Storage};
 use crate::sync::Arc;
 
 pub use gate::{Format, OpenOptions, create};
+pub use offline::{apply_snapshot, create_snapshot, delete_snapshot, resize, snapshots};
 
 /// One guest's disk. Shared by all workers; each brings its own [`Storage`].
 pub struct Image {

@@ -287,6 +287,34 @@ impl Qcow2 {
         Ok(())
     }
 
+    /// Hands out exactly `count` neighbouring clusters with refcount one, for a table: a hole that
+    /// was there when the image was opened, else the end of the file.
+    pub(super) async fn allocate_together(&self, st: &dyn Storage, count: u64) -> Result<Run> {
+        let _turn = self.refill.claim(0..1).await;
+        let run = match self.hole(st, count).await? {
+            Some(run) => run,
+            None => self.contiguous_at_frontier(st, count).await?,
+        };
+        Ok(self.count(st, run, false).await?.run)
+    }
+
+    /// The first `count` neighbouring free clusters among those that the search for holes has not
+    /// come to: it finds them counted later.
+    async fn hole(&self, st: &dyn Storage, count: u64) -> Result<Option<Run>> {
+        let (mut at, end) = {
+            let pool = lock(&self.allocator.pool);
+            (pool.scan, pool.scan_end)
+        };
+        while at < end {
+            let (found, next) = self.refcounts.find_free(st, at, end, count, usize::MAX).await?;
+            if found.is_some_and(|run| run.count == count) {
+                return Ok(found);
+            }
+            at = next;
+        }
+        Ok(None)
+    }
+
     /// `count` neighbouring free clusters at the end of the file.
     async fn contiguous_at_frontier(&self, st: &dyn Storage, count: u64) -> Result<Run> {
         loop {

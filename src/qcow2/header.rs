@@ -16,14 +16,21 @@ pub const V2_LENGTH: u64 = 72;
 const V3_LENGTH: u64 = 104;
 /// Where the incompatible, compatible and autoclear bits lie in the file, eight bytes each.
 pub const FEATURES_AT: HostOffset = HostOffset(72);
+/// Where the disk's size lies in the file; the encryption method and the L1 table's entries and
+/// offset follow it.
+pub const SIZE_AT: HostOffset = HostOffset(24);
+/// Where the L1 table's entries and offset lie in the file.
+pub const L1_TABLE_AT: HostOffset = HostOffset(36);
+/// Where the number of snapshots and their table's offset lie in the file.
+pub const SNAPSHOTS_AT: HostOffset = HostOffset(60);
 /// Where the refcount table's offset and cluster count lie in the file.
 pub const REFTABLE_AT: HostOffset = HostOffset(48);
-/// Largest L1 table in bytes that is opened.
-const L1_LIMIT: u64 = 32 << 20;
+/// Largest L1 table in bytes that is opened or made.
+pub const L1_LIMIT: u64 = 32 << 20;
 /// Largest refcount table in bytes that is opened or made.
 pub const REFTABLE_LIMIT: u64 = 8 << 20;
 /// Most snapshots an image may have.
-const SNAPSHOT_LIMIT: u64 = 65536;
+pub const SNAPSHOT_LIMIT: u64 = 65536;
 /// Longest backing file name in bytes.
 const NAME_LIMIT: u64 = 1023;
 /// Smallest log2 of the cluster size with extended L2 entries: a subcluster is a sector or more.

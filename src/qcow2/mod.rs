@@ -5,7 +5,8 @@
 //! find room, `claims` keeps writers of one cluster apart, `write`, `fill` and `discard` change
 //! entries, `flush` makes changes durable in the order that `ORDERING.md` states, `limbo` and
 //! `epoch` decide when a freed cluster may be used again. Of compressed clusters, `compress` knows
-//! the encodings, `compress_write` where new ones go, `inflated` what was read.
+//! the encodings, `compress_write` where new ones go, `inflated` what was read. `snapshot` and
+//! `resize` change images that nothing else uses, through what they share in `offline`.
 //!
 //! A method without a [`Storage`](crate::storage::Storage) argument cannot do I/O and cannot wait.
 
@@ -24,9 +25,11 @@ pub mod header;
 mod inflated;
 mod limbo;
 mod map;
+mod offline;
 pub mod open;
 mod refcount;
 mod regions;
+mod resize;
 pub mod snapshot;
 mod table;
 mod write;
@@ -41,6 +44,7 @@ pub(crate) use inflated::Inflated;
 pub use inflated::InflatedBytes;
 pub(crate) use map::CompressedExtent;
 pub use map::{Extent, WriteTarget};
+pub use resize::NewSize;
 pub use write::WritePlan;
 
 use crate::bytes::{HostOffset, round_up};
@@ -110,6 +114,8 @@ pub struct Qcow2 {
     writing: AtomicBool,
     /// Refcounts are written when there is nothing better to do, since the dirty bit is set.
     lazy: AtomicBool,
+    /// Nothing that is written changes the guest's bytes: bitmaps of changed clusters stay true.
+    bitmaps_stay: AtomicBool,
     starting: Claims,
     poison: OnceLock<Box<str>>,
 }

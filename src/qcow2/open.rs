@@ -129,6 +129,7 @@ impl Qcow2 {
             features: Mutex::new([header.incompatible, header.compatible, header.autoclear]),
             writing: AtomicBool::new(false),
             lazy: AtomicBool::new(header.is_lazy()),
+            bitmaps_stay: AtomicBool::new(false),
             starting: Claims::default(),
             poison: OnceLock::new(),
             header,

@@ -218,7 +218,7 @@ impl Refcounts {
         freed: &mut Vec<Run>,
     ) -> Result<()> {
         let order = self.geometry.refcount_order;
-        let most = if order == 6 { u64::MAX } else { (1 << (1 << order)) - 1 };
+        let most = self.most();
         loop {
             let mut wrong = None;
             let change = |words: &[AtomicU64]| {
@@ -253,6 +253,22 @@ impl Refcounts {
                 }
             }
         }
+    }
+
+    /// The refcount of a cluster; zero when there is no block that counts it.
+    ///
+    /// # Errors
+    /// When the block cannot be read.
+    pub(super) async fn count(&self, st: &dyn Storage, cluster: HostCluster) -> Result<u64> {
+        let (slice, entry, _) = self.head(Run { first: cluster, count: 1 });
+        let order = self.geometry.refcount_order;
+        Ok(self.with(st, slice, |words| get(words, order, entry)).await?.unwrap_or(0))
+    }
+
+    /// The largest refcount that fits.
+    pub(super) fn most(&self) -> u64 {
+        let order = self.geometry.refcount_order;
+        if order == 6 { u64::MAX } else { (1 << (1 << order)) - 1 }
     }
 
     /// The first run of at most `want` clusters with refcount zero that starts at or after `from`

@@ -140,6 +140,11 @@ impl TableCache {
         }
     }
 
+    /// A cache as large as this one, with nothing in it: for when slices belong to other tables.
+    pub(super) fn emptied(&self) -> Self {
+        Self::new(self.words as u64 * 8, (self.words as u64 * 8).saturating_mul(self.budget as u64))
+    }
+
     /// Runs `read` on the words of a slice, big-endian as in the file; `None` when it is not
     /// cached, or was changed meanwhile. Takes no lock. `read` may see a slice that is just being
     /// replaced or changed: then its result is thrown away, so it must not trust what it reads

@@ -11,7 +11,8 @@ use crate::error::{Error, Result};
 use crate::qcow2::Qcow2;
 use crate::qcow2::claims::Claim;
 use crate::qcow2::format::{
-    AUTOCLEAR_RAW_DATA, COPIED, Cluster, INCOMPATIBLE_DIRTY, L2Entry, OFFSET_MASK,
+    AUTOCLEAR_BITMAPS, AUTOCLEAR_RAW_DATA, COPIED, Cluster, INCOMPATIBLE_DIRTY, L2Entry,
+    OFFSET_MASK,
 };
 use crate::qcow2::geometry::GuestCluster;
 use crate::qcow2::header::FEATURES_AT;
@@ -350,7 +351,9 @@ impl Qcow2 {
     /// When they cannot be made durable; the image is poisoned then.
     pub(super) async fn write_features(&self, st: &dyn Storage, dirty: u64) -> Result<()> {
         let header = &self.header;
-        let kept = if self.has_data_file() { AUTOCLEAR_RAW_DATA } else { 0 };
+        let raw = if self.has_data_file() { AUTOCLEAR_RAW_DATA } else { 0 };
+        let bitmaps = self.bitmaps_stay.load(Ordering::Acquire);
+        let kept = raw | if bitmaps { AUTOCLEAR_BITMAPS } else { 0 };
         let features = [header.incompatible | dirty, header.compatible, header.autoclear & kept];
         if header.version < 3 || *lock(&self.features) == features {
             return Ok(());

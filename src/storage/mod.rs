@@ -143,6 +143,12 @@ pub enum Purpose {
     RefblockInit,
     /// Reading the snapshot table or a snapshot's L1 table.
     SnapshotRead,
+    /// First content of an L1 table at a new place.
+    L1Init,
+    /// Writing a snapshot's L1 table, or the snapshot table, at a new place.
+    SnapshotWrite,
+    /// Making a file longer or shorter.
+    Resize,
     /// Data and refcounts are durable after this sync.
     SyncData,
     /// New refcount blocks are reachable after this sync.

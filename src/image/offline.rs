@@ -1,0 +1,172 @@
+//! Snapshots and sizes of images that nothing else uses: each function opens the image through the
+//! gate, does one thing, and leaves everything durable.
+
+use std::path::Path;
+
+use crate::error::{Error, Result};
+use crate::image::chain::Layer;
+use crate::image::transfer::Batch;
+use crate::image::{Image, OpenOptions};
+use crate::qcow2::snapshot::{NewSnapshot, Snapshot};
+use crate::qcow2::{NewSize, Qcow2};
+use crate::raw::Raw;
+use crate::storage::{Buf, FileSource, Op, Purpose, Storage};
+
+/// The internal snapshots of the image at `path`, oldest first.
+///
+/// # Errors
+/// As [`Image::open`], and when the table of snapshots is malformed.
+pub async fn snapshots(
+    st: &dyn Storage,
+    source: &dyn FileSource,
+    path: &Path,
+    options: &OpenOptions,
+) -> Result<Vec<Snapshot>> {
+    let options = OpenOptions { read_only: true, ..options.clone() };
+    let image = Image::open(st, source, path, &options).await?;
+    match image.chain.top() {
+        Layer::Raw(_) => Ok(Vec::new()),
+        Layer::Qcow2(image) => {
+            let listed = image.snapshots(st).await;
+            listed.map(|(list, _)| list).map_err(|error| error.within(path.display()))
+        }
+    }
+}
+
+/// Takes a snapshot of the image at `path`; returns it as it is recorded.
+///
+/// # Errors
+/// As [`Image::open`] and [`Qcow2::create_snapshot`].
+pub async fn create_snapshot(
+    st: &dyn Storage,
+    source: &dyn FileSource,
+    path: &Path,
+    options: &OpenOptions,
+    new: &NewSnapshot,
+) -> Result<Snapshot> {
+    let mut image = Image::open(st, source, path, options).await?;
+    let done = image.top_qcow2()?.create_snapshot(st, new).await;
+    done.map_err(|error| error.within(path.display()))
+}
+
+/// Makes the disk of the image at `path` what it was when a snapshot, given by id or name, was
+/// taken.
+///
+/// # Errors
+/// As [`Image::open`] and [`Qcow2::apply_snapshot`].
+pub async fn apply_snapshot(
+    st: &dyn Storage,
+    source: &dyn FileSource,
+    path: &Path,
+    options: &OpenOptions,
+    snapshot: &str,
+) -> Result<()> {
+    let mut image = Image::open(st, source, path, options).await?;
+    let done = image.top_qcow2()?.apply_snapshot(st, snapshot).await;
+    done.map_err(|error| error.within(path.display()))
+}
+
+/// Deletes a snapshot, given by id or name, of the image at `path`.
+///
+/// # Errors
+/// As [`Image::open`] and [`Qcow2::delete_snapshot`].
+pub async fn delete_snapshot(
+    st: &dyn Storage,
+    source: &dyn FileSource,
+    path: &Path,
+    options: &OpenOptions,
+    snapshot: &str,
+) -> Result<()> {
+    let mut image = Image::open(st, source, path, options).await?;
+    let done = image.top_qcow2()?.delete_snapshot(st, snapshot).await;
+    done.map_err(|error| error.within(path.display()))
+}
+
+/// Gives the disk of the image at `path` another size in bytes, a multiple of 512; what is new
+/// reads as zeros. `shrink` says that it may become smaller.
+///
+/// # Errors
+/// As [`Image::open`] and [`Qcow2::resize`].
+pub async fn resize(
+    st: &dyn Storage,
+    source: &dyn FileSource,
+    path: &Path,
+    options: &OpenOptions,
+    (size, shrink): (u64, bool),
+) -> Result<()> {
+    let mut image = Image::open(st, source, path, options).await?;
+    let done = image.resize(st, size, shrink).await;
+    done.map_err(|error| error.within(path.display()))
+}
+
+impl Image {
+    fn top_qcow2(&mut self) -> Result<&mut Qcow2> {
+        if self.read_only {
+            return Err(Error::refused("disk", "it was opened read-only"));
+        }
+        match self.chain.0.first_mut() {
+            Some(Layer::Qcow2(image)) => Ok(image),
+            _ => Err(Error::unsupported("disk", "only qcow2 images have internal snapshots")),
+        }
+    }
+
+    async fn resize(&mut self, st: &dyn Storage, size: u64, shrink: bool) -> Result<()> {
+        if let Layer::Raw(raw) = self.chain.top() {
+            return resize_raw(st, raw, self.read_only, size, shrink).await;
+        }
+        let backing_length = self.chain.0.get(1).map(Layer::size);
+        let new = NewSize { size, shrink, backing_length };
+        let top = self.top_qcow2()?;
+        top.check_resize(st, new).await?;
+        if size > top.size() {
+            self.clear_tail(st, new).await?;
+        }
+        self.top_qcow2()?.resize(st, new).await?;
+        self.size = self.chain.top().size();
+        Ok(())
+    }
+
+    /// Fills the last cluster with zeros behind the disk's end, where it holds older bytes or would
+    /// show those of the layer below.
+    async fn clear_tail(&self, st: &dyn Storage, new: NewSize) -> Result<()> {
+        let Layer::Qcow2(image) = self.chain.top() else { unreachable!("checked by the caller") };
+        let Some((at, len)) = image.tail(st, new).await? else { return Ok(()) };
+        image.start_writing(st).await?;
+        let zeros = Buf::zeroed(usize::try_from(len).expect("less than a cluster"));
+        let mut batch = Batch::default();
+        let result = self.write_parts(st, at, &zeros, &mut batch).await;
+        let written = batch.finish().await;
+        image.mark_dirty(image.data_file());
+        result.and(written)
+    }
+}
+
+async fn resize_raw(
+    st: &dyn Storage,
+    raw: &Raw,
+    read_only: bool,
+    size: u64,
+    shrink: bool,
+) -> Result<()> {
+    let refuse = |why: String| Err(Error::refused("resize", why));
+    if read_only {
+        return refuse("it was opened read-only".to_owned());
+    }
+    if !size.is_multiple_of(512) {
+        return refuse(format!("{size} bytes is no multiple of 512"));
+    }
+    if !st.limits(raw.file()).grows {
+        return refuse("a block device has a size of its own".to_owned());
+    }
+    if size < raw.size() && !shrink {
+        return refuse(format!(
+            "the disk would shrink from {} to {size} bytes and lose what lies behind; say that it \
+             may (--shrink) once the guest uses no more than that",
+            raw.size()
+        ));
+    }
+    let failed = |source| Error::io("resizing the image", source);
+    let grown = st.submit(raw.file(), Purpose::Resize, Op::Resize { len: size }).await;
+    grown.map_err(failed)?;
+    st.submit(raw.file(), Purpose::SyncData, Op::Sync).await.map_err(failed)
+}

@@ -1,0 +1,17 @@
+//! Snapshots and sizes of images that nothing else uses: contents, what `qemu-img` says of the
+//! results and we of its, what is refused, random histories, and power cuts at every moment.
+
+#[path = "offline/cuts.rs"]
+mod cuts;
+#[path = "offline/disk.rs"]
+mod disk;
+#[path = "offline/faults.rs"]
+mod faults;
+#[path = "offline/model.rs"]
+mod model;
+#[path = "offline/ordering.rs"]
+mod ordering;
+#[path = "offline/qemu.rs"]
+mod qemu;
+#[path = "offline/refusals.rs"]
+mod refusals;
