@@ -183,7 +183,8 @@ impl Device {
         space.extend((granularity / SECTOR as u32).to_le_bytes());
         space.extend(sectors.to_le_bytes());
         space.extend(segments.to_le_bytes());
-        space.push(u8::from(!self.image.is_read_only())); // write_zeroes_may_unmap
+        let may_unmap = !self.image.is_read_only() && self.image.policy().unmaps();
+        space.push(u8::from(may_unmap)); // write_zeroes_may_unmap
         space
     }
 }

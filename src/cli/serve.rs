@@ -28,6 +28,7 @@ pub fn run(arguments: &Arguments, logging: Logging) -> Result<()> {
     let (Some(socket), Some(path)) = (&arguments.socket, &arguments.image) else {
         return Err(Error::refused("arguments", "--socket and --image are needed"));
     };
+    arguments.check()?;
     let stop = signals().map_err(|error| Error::io("cannot wait for signals", error))?;
     // The socket is looked at first, because making an image leaves a trace.
     listen::check(socket)?;
