@@ -107,6 +107,10 @@ pub struct Arguments {
     #[arg(long, value_enum, default_value_t = ZeroesMode::Off)]
     pub detect_zeroes: ZeroesMode,
 
+    /// What happens when the host has no space left
+    #[arg(long, value_enum, default_value_t = FullMode::Report)]
+    pub on_enospc: FullMode,
+
     /// How much to log: error, warn, info, debug or trace [default: info]; RUST_LOG overrides it
     #[arg(long, value_name = "LEVEL")]
     #[arg(value_parser = PossibleValuesParser::new(["error", "warn", "info", "debug", "trace"]))]
@@ -183,6 +187,15 @@ pub enum ZeroesMode {
     Unmap,
 }
 
+/// What happens when the host has no space left.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum FullMode {
+    /// The guest gets an error
+    Report,
+    /// What needs space waits until there is some; the guest sees a disk that takes its time
+    Stall,
+}
+
 fn queue_size(text: &str) -> std::result::Result<u16, String> {
     let size: Option<u16> = text.parse().ok();
     let allowed = |size: &u16| size.is_power_of_two() && (4..=32768).contains(size);
@@ -234,6 +247,7 @@ impl Arguments {
         FileOptions {
             direct: self.cache == Cache::None,
             sync: self.cache != Cache::Unsafe,
+            stall: self.on_enospc == FullMode::Stall,
             ..FileOptions::default()
         }
     }
