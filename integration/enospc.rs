@@ -61,6 +61,16 @@ impl Small {
     }
 }
 
+impl Small {
+    /// Takes all space away, to the last byte.
+    fn fill_up(&self) -> PathBuf {
+        let path = self.file("ballast");
+        let mut file = File::create_new(&path).expect("make a file");
+        while file.write_all(&[1; 4096]).is_ok() {}
+        path
+    }
+}
+
 impl Drop for Small {
     fn drop(&mut self) {
         let lazily = |program: &str, first: &[&str]| {
@@ -233,6 +243,101 @@ fn told_to_end_while_stalled() {
     // What was flushed is there, and with space the disk is as good as new.
     fs::remove_file(ballast).expect("give space back");
     go_on(&scratch, &image, 8 * MIB, content);
+}
+
+/// A front-end that goes while its requests wait does not keep the daemon from ending.
+#[test]
+fn told_to_end_while_stalled_and_alone() {
+    let scratch = Scratch::new("enospc-alone");
+    let Some(small) = Small::mount(&scratch) else { return };
+    let image = make(&small, "qcow2", "");
+    let ballast = small.fill();
+    let arguments = ["--format", "qcow2", "--on-enospc", "stall"];
+    let daemon = Daemon::start(&scratch, &image, &arguments);
+    let mut client = connect(&scratch);
+    write_until_stuck(&mut client, Content::Numbered(1));
+    drop(client);
+    std::thread::sleep(Duration::from_secs(2));
+    let begun = Instant::now();
+    daemon.terminate();
+    assert!(begun.elapsed() < Duration::from_secs(10), "{:?}", begun.elapsed());
+    images::assert_clean(&image);
+    fs::remove_file(ballast).expect("give space back");
+    go_on(&scratch, &image, 0, Content::Zeros);
+}
+
+/// Whoever copies an image may leave zeros out, those in its tables too: making such a table durable
+/// needs space, although it was there already.
+fn flush_on_a_full_host(name: &str, policy: &str) -> Option<(Scratch, Small, Daemon, Client)> {
+    let scratch = Scratch::new(name);
+    let small = Small::mount(&scratch)?;
+    let (original, image) = (scratch.file("original.img"), small.file("disk.img"));
+    images::create(&original, "qcow2", "", 1 << 40);
+    let copied = Command::new("cp").arg("--sparse=always").args([&original, &image]).status();
+    assert!(copied.expect("start cp").success());
+    let arguments = ["--format", "qcow2", "--on-enospc", policy];
+    let daemon = Daemon::start(&scratch, &image, &arguments);
+    let mut client = connect(&scratch);
+    let content = Content::Numbered(1);
+    bulk::write(&mut client, 0..MIB, content).expect("write");
+    client.execute(Request::Flush).expect("flush");
+    // Entries in each page of the L1 table.
+    for part in 1..4 {
+        let at = part << 38;
+        bulk::write(&mut client, at..at + MIB, content).expect("write");
+    }
+    small.fill_up();
+    Some((scratch, small, daemon, client))
+}
+
+#[test]
+fn a_stalled_flush_goes_on() {
+    let Some((_scratch, small, daemon, mut client)) = flush_on_a_full_host("enospc-flush", "stall")
+    else {
+        return;
+    };
+    client.submit(0, 0, Request::Flush, &[]).expect("submit");
+    client.kick().expect("kick");
+    let answers = client.wait(Duration::from_secs(3)).expect("wait");
+    assert!(answers.is_empty(), "the flush needed no space: {answers:?}");
+    assert_eq!(count(&daemon, FULL), 1, "{}", daemon.log());
+    fs::remove_file(small.file("ballast")).expect("give space back");
+    let answers = client.wait(Duration::from_secs(20)).expect("wait");
+    assert!(answers.len() == 1 && answers[0].result == 0, "{answers:?}");
+    for part in 0..4 {
+        let at = part << 38;
+        bulk::write(&mut client, at..at + MIB, Content::Numbered(part)).expect("write");
+    }
+    client.execute(Request::Flush).expect("flush");
+    drop(client);
+    daemon.terminate();
+    images::assert_clean(&small.file("disk.img"));
+}
+
+/// Told of it, the guest gets no more promises from this daemon, and loses none that it had.
+#[test]
+fn a_reported_flush_fails_and_what_was_flushed_stays() {
+    let Some((scratch, small, daemon, mut client)) =
+        flush_on_a_full_host("enospc-failed-flush", "report")
+    else {
+        return;
+    };
+    client.execute(Request::Flush).expect_err("a flush without space");
+    fs::remove_file(small.file("ballast")).expect("give space back");
+    client.execute(Request::Flush).expect_err("what is durable is not known any more");
+    drop(client);
+    daemon.kill();
+    let image = small.file("disk.img");
+    eprintln!("afterwards the image is found to have: {:?}", images::check(&image));
+    let daemon = Daemon::start(&scratch, &image, &["--format", "qcow2"]);
+    let mut client = connect(&scratch);
+    bulk::verify(&mut client, 0..MIB, Content::Numbered(1)).expect("what was flushed");
+    let at = 3 << 38;
+    bulk::write(&mut client, at..at + MIB, Content::Numbered(2)).expect("write");
+    client.execute(Request::Flush).expect("flush");
+    drop(client);
+    daemon.terminate();
+    let _ = images::check(&image);
 }
 
 /// Serves the image and writes all of it, after a look at its first bytes.

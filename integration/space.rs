@@ -95,9 +95,14 @@ fn come_and_go(disk: &Disk, way: Way) {
                 bulk::write_zeroes(&mut client, 0..size, true).expect("write zeroes");
             }
         }
+        // One flush gives a bounded number of runs back; the next goes on with the rest.
+        flush(&mut client);
+        let first = disk.taken();
         flush(&mut client);
         let (after, length) = (disk.taken(), disk.length());
-        eprintln!("pass {pass}: {before} bytes, {full} when full, {after} afterwards");
+        eprintln!(
+            "pass {pass}: {before} bytes, {full} when full, {first} after one flush, {after} after two"
+        );
         assert!(full >= size, "a full disk takes {full} bytes");
         assert!(after <= before + size / 100, "{before} bytes have become {after}");
         assert!(pass == 1 || length <= longest + size / 100, "{longest} has grown to {length}");
@@ -158,7 +163,7 @@ fn written_zeros_give_space_back_if_asked_to() {
             // Zeros where nothing was; with any detection that is nothing to write either.
             bulk::write(&mut client, size..2 * size, Content::Zeros).expect("write zeros");
             flush(&mut client);
-            let grown = disk.taken() - after;
+            let grown = disk.taken().saturating_sub(after);
             // A raw image has a place for every byte, and "on" is to take it.
             let nothing = small || (format == "qcow2" && arguments.contains(&"on"));
             assert_eq!(grown <= size / 100, nothing, "{grown} bytes with {arguments:?}");

@@ -112,8 +112,8 @@ impl History {
     }
 }
 
-/// Each operation that may need space finds none, for one attempt, for three, or in the middle; then
-/// everything from it on finds none until nothing goes on any more.
+/// Each operation that may need space finds none, for one attempt, for three, or in the middle;
+/// then everything from it on finds none until nothing goes on any more.
 fn sweep(test: &str, layout: Layout, requests: usize) {
     let (begun, mut runs, mut tried) = (Instant::now(), 0, BTreeMap::new());
     for seed in seeds(1) {

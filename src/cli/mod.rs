@@ -324,6 +324,36 @@ mod tests {
     }
 
     #[test]
+    fn by_default_discards_unmap_zeros_are_data_and_a_full_host_is_reported() {
+        let arguments = parse(&[]);
+        assert_eq!(arguments.policy(), Policy::default());
+        assert!(!arguments.file_options().stall);
+        arguments.check().expect("the defaults agree");
+    }
+
+    #[test]
+    fn what_becomes_of_discards_zeros_and_a_lack_of_space() {
+        let policy = |words: &[&str]| parse(words).policy();
+        for (word, discards) in [
+            ("ignore", Discards::Ignore),
+            ("off", Discards::Ignore),
+            ("unmap", Discards::Unmap),
+            ("on", Discards::Unmap),
+        ] {
+            assert_eq!(policy(&["--discard", word]).discards, discards, "{word}");
+        }
+        for (word, detect_zeroes) in
+            [("off", DetectZeroes::Off), ("on", DetectZeroes::On), ("unmap", DetectZeroes::Unmap)]
+        {
+            assert_eq!(policy(&["--detect-zeroes", word]).detect_zeroes, detect_zeroes, "{word}");
+        }
+        assert!(parse(&["--on-enospc", "stall"]).file_options().stall);
+        let error = parse(&["--detect-zeroes", "unmap", "--discard", "ignore"]).check();
+        let error = error.expect_err("a contradiction").to_string();
+        assert!(error.contains("--detect-zeroes on"), "{error}");
+    }
+
+    #[test]
     fn the_defaults_let_a_guest_with_many_processors_start() {
         let arguments = parse(&[]);
         assert_eq!((arguments.num_queues, arguments.queue_size), (64, 1024));
@@ -344,6 +374,9 @@ mod tests {
             ["--block-size", "1024"],
             ["--create", "ten"],
             ["--format", "vmdk"],
+            ["--discard", "yes"],
+            ["--detect-zeroes", "yes"],
+            ["--on-enospc", "stop"],
             ["--log-level", "loud"],
         ] {
             let words = ["x", "--socket", "s", "--image", "i"];

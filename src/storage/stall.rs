@@ -1,10 +1,10 @@
 //! A decorator that waits for space: what the host has no room for is tried again until it has.
 //!
-//! An operation that ends with ENOSPC or EDQUOT is parked: whoever awaits it goes on waiting, and it
-//! is submitted once more at the next tick of a timer, or as soon as an operation of the same engine
-//! has given space back. Trying again is safe, because an operation says what a range shall hold and
-//! whoever submitted it keeps others away from the range until it has the answer. Data and metadata
-//! wait alike, so a full host poisons nothing.
+//! An operation that ends with ENOSPC or EDQUOT is parked: whoever awaits it goes on waiting, and
+//! it is submitted once more at the next tick of a timer, or as soon as an operation of the same
+//! engine has given space back. Trying again is safe, because an operation says what a range shall
+//! hold and whoever submitted it keeps others away from the range until it has the answer. Data and
+//! metadata wait alike, so a full host poisons nothing.
 //!
 //! A sync is never tried again: the kernel reports a lost page once, and a second sync would say
 //! that all is well. Nor is a discard, which nothing depends on.
@@ -31,8 +31,8 @@ use crate::sync::{Arc, AtomicBool, Mutex, Ordering, lock};
 /// How long a parked operation rests before it is tried again.
 pub const INTERVAL: Duration = Duration::from_secs(1);
 
-/// What all engines of a process know of a lack of space: one line in the log when it begins and one
-/// when it is over, whoever meets it.
+/// What all engines of a process know of a lack of space: one line in the log when it begins and
+/// one when it is over, whoever meets it.
 #[derive(Debug, Default)]
 pub struct Outage {
     state: Mutex<State>,
