@@ -159,6 +159,12 @@ fn stall(name: &str, format: &str, options: &str, arguments: &[&str]) {
     client.execute(Request::Flush).expect("flush");
     assert_eq!((count(&daemon, FULL), count(&daemon, AGAIN)), (1, 1), "{}", daemon.log());
     bulk::verify(&mut client, 0..DISK, content).expect("verify");
+    // Nothing ticks when nothing waits.
+    std::thread::sleep(Duration::from_secs(1));
+    let ticks = daemon.processor_ticks();
+    std::thread::sleep(Duration::from_secs(3));
+    let ticks = daemon.processor_ticks() - ticks;
+    assert!(ticks <= 1, "3 s of idleness took {ticks} ticks of processor time");
     drop(client);
     daemon.terminate();
     if format == "qcow2" {
@@ -266,8 +272,8 @@ fn told_to_end_while_stalled_and_alone() {
     go_on(&scratch, &image, 0, Content::Zeros);
 }
 
-/// Whoever copies an image may leave zeros out, those in its tables too: making such a table durable
-/// needs space, although it was there already.
+/// Whoever copies an image may leave zeros out, those in its tables too: making such a table
+/// durable needs space, although it was there already.
 fn flush_on_a_full_host(name: &str, policy: &str) -> Option<(Scratch, Small, Daemon, Client)> {
     let scratch = Scratch::new(name);
     let small = Small::mount(&scratch)?;

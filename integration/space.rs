@@ -101,7 +101,7 @@ fn come_and_go(disk: &Disk, way: Way) {
         flush(&mut client);
         let (after, length) = (disk.taken(), disk.length());
         eprintln!(
-            "pass {pass}: {before} bytes, {full} when full, {first} after one flush, {after} after two"
+            "pass {pass}: {before} bytes, {full} when full, {first} after a flush, {after} after two"
         );
         assert!(full >= size, "a full disk takes {full} bytes");
         assert!(after <= before + size / 100, "{before} bytes have become {after}");
@@ -126,11 +126,13 @@ macro_rules! disks {
 
 disks! {
     discard_qcow2: 1024, "qcow2", "cluster_size=64k", Discard;
+    discard_extended_l2: 256, "qcow2", "extended_l2=on,lazy_refcounts=on", Discard;
     discard_small_clusters: 256, "qcow2", "cluster_size=4k", Discard;
     discard_data_file: 256, "qcow2", "data_file=DATA", Discard;
     discard_raw_data_file: 256, "qcow2", "data_file=DATA,data_file_raw=on", Discard;
     discard_raw: 1024, "raw", "", Discard;
     write_zeroes_qcow2: 1024, "qcow2", "cluster_size=64k", WriteZeroes;
+    write_zeroes_extended_l2: 256, "qcow2", "extended_l2=on", WriteZeroes;
     write_zeroes_small_clusters: 256, "qcow2", "cluster_size=4k", WriteZeroes;
     write_zeroes_data_file: 256, "qcow2", "data_file=DATA", WriteZeroes;
     write_zeroes_raw_data_file: 256, "qcow2", "data_file=DATA,data_file_raw=on", WriteZeroes;

@@ -113,7 +113,8 @@ fn history(seed: u64, disk: &MemDisk, format: Format, bytes: &mut Vec<u8>, polic
 fn the_guest_reads_what_it_wrote() {
     let layouts = [
         Layout::new(16, 2600, Kind::Plain),
-        Layout::new(12, 2600, Kind::OverRaw(2000)),
+        Layout::new(16, 2600, Kind::OverRaw(2000)).extended(),
+        Layout::new(12, 2600, Kind::OverRaw(2000)).lazy(),
         Layout::new(12, 2600, Kind::OverRaw(2000)).version_2(),
         Layout::new(9, 1500, Kind::Snapshots),
         Layout::new(12, 2600, Kind::Compressed("zlib")),
