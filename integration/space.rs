@@ -101,7 +101,7 @@ fn come_and_go(disk: &Disk, way: Way) {
         flush(&mut client);
         let (after, length) = (disk.taken(), disk.length());
         eprintln!(
-            "pass {pass}: {before} bytes, {full} when full, {first} after a flush, {after} after two"
+            "pass {pass}: {before} bytes, {full} when full, {first} after a flush, then {after}"
         );
         assert!(full >= size, "a full disk takes {full} bytes");
         assert!(after <= before + size / 100, "{before} bytes have become {after}");
