@@ -130,8 +130,8 @@ disks! {
     discard_small_clusters: 256, "qcow2", "cluster_size=4k", Discard;
     discard_data_file: 256, "qcow2", "data_file=DATA", Discard;
     discard_raw_data_file: 256, "qcow2", "data_file=DATA,data_file_raw=on", Discard;
-    discard_raw: 1024, "raw", "", Discard;
-    write_zeroes_qcow2: 1024, "qcow2", "cluster_size=64k", WriteZeroes;
+    discard_raw: 256, "raw", "", Discard;
+    write_zeroes_qcow2: 256, "qcow2", "cluster_size=64k", WriteZeroes;
     write_zeroes_extended_l2: 256, "qcow2", "extended_l2=on", WriteZeroes;
     write_zeroes_small_clusters: 256, "qcow2", "cluster_size=4k", WriteZeroes;
     write_zeroes_data_file: 256, "qcow2", "data_file=DATA", WriteZeroes;
