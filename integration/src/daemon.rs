@@ -69,6 +69,12 @@ impl Daemon {
         Self { child, socket, log }
     }
 
+    /// The daemon's process number.
+    #[must_use]
+    pub fn id(&self) -> u32 {
+        self.child.id()
+    }
+
     /// What the daemon has logged so far.
     #[must_use]
     pub fn log(&self) -> String {

@@ -3,8 +3,10 @@
 //! A test lays out images with [`images`] in a [`scratch`] directory, serves one with [`daemon`],
 //! and attaches a front-end: the host-side virtio driver of [`client`] or a virtual machine of
 //! [`guest`]. [`model`] knows what every sector may hold; [`workload`] drives random requests
-//! through a client and holds each answer against the model.
+//! through a client and holds each answer against the model; [`bulk`] writes and reads large
+//! ranges.
 
+pub mod bulk;
 pub mod client;
 pub mod daemon;
 pub mod guest;

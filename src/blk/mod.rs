@@ -183,7 +183,8 @@ impl Device {
         space.extend((granularity / SECTOR as u32).to_le_bytes());
         space.extend(sectors.to_le_bytes());
         space.extend(segments.to_le_bytes());
-        space.push(u8::from(!self.image.is_read_only())); // write_zeroes_may_unmap
+        let may_unmap = !self.image.is_read_only() && self.image.policy().unmaps();
+        space.push(u8::from(may_unmap)); // write_zeroes_may_unmap
         space
     }
 }
@@ -195,6 +196,7 @@ fn bits(numbers: &[u32]) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::image::policy::{Discards, Policy};
     use crate::raw::Raw;
     use crate::storage::FileId;
 
@@ -239,6 +241,16 @@ mod tests {
         assert_eq!(space[12..16], 14u32.to_le_bytes(), "a small queue bounds the segments");
         assert_eq!(space[20..24], 4096u32.to_le_bytes());
         assert_eq!(space[24..32], [0, 0, 1, 0, 1, 0, 0, 0]);
+    }
+
+    #[test]
+    fn ignored_discards_are_offered_and_give_nothing_back() {
+        let policy = Policy { discards: Discards::Ignore, ..Policy::default() };
+        let image = Image::from_raw(Raw::new(FileId(0), 10 << 20), false).with_policy(policy);
+        let device = Device::new(Arc::new(image), Settings::default());
+        let erase = bits(&[VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_WRITE_ZEROES]);
+        assert_eq!(device.features() & erase, erase);
+        assert_eq!(device.read_config(56, 1), Some(vec![0]), "write-zeroes cannot unmap");
     }
 
     #[test]

@@ -11,7 +11,9 @@ use clap::builder::PossibleValuesParser;
 use clap::{Parser, ValueEnum};
 
 use crate::blk::{SERIAL_BYTES, Settings};
-use crate::image::{Format, OpenOptions};
+use crate::error::Result;
+use crate::image::policy::{DetectZeroes, Discards};
+use crate::image::{Format, OpenOptions, Policy};
 use crate::storage::files::Options as FileOptions;
 use crate::storage::host::Aio;
 
@@ -97,6 +99,18 @@ pub struct Arguments {
     #[arg(long)]
     pub compress: bool,
 
+    /// What becomes of a guest's discards
+    #[arg(long, value_enum, default_value_t = DiscardMode::Unmap)]
+    pub discard: DiscardMode,
+
+    /// What becomes of a guest's writes of nothing but zeros
+    #[arg(long, value_enum, default_value_t = ZeroesMode::Off)]
+    pub detect_zeroes: ZeroesMode,
+
+    /// What happens when the host has no space left
+    #[arg(long, value_enum, default_value_t = FullMode::Report)]
+    pub on_enospc: FullMode,
+
     /// How much to log: error, warn, info, debug or trace [default: info]; RUST_LOG overrides it
     #[arg(long, value_name = "LEVEL")]
     #[arg(value_parser = PossibleValuesParser::new(["error", "warn", "info", "debug", "trace"]))]
@@ -151,13 +165,44 @@ pub enum Engine {
     Threads,
 }
 
-fn queue_size(text: &str) -> Result<u16, String> {
+/// What becomes of a guest's discards.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum DiscardMode {
+    /// They are accepted and do nothing, and write-zeroes keeps the host's space
+    #[value(alias = "off")]
+    Ignore,
+    /// The host gets its space back
+    #[value(alias = "on")]
+    Unmap,
+}
+
+/// What becomes of a guest's writes of nothing but zeros.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum ZeroesMode {
+    /// They are written as any others
+    Off,
+    /// They become write-zeroes that keep the host's space
+    On,
+    /// They become write-zeroes that give the host's space back
+    Unmap,
+}
+
+/// What happens when the host has no space left.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum FullMode {
+    /// The guest gets an error
+    Report,
+    /// What needs space waits until there is some; the guest sees a disk that takes its time
+    Stall,
+}
+
+fn queue_size(text: &str) -> std::result::Result<u16, String> {
     let size: Option<u16> = text.parse().ok();
     let allowed = |size: &u16| size.is_power_of_two() && (4..=32768).contains(size);
     size.filter(allowed).ok_or_else(|| "it must be a power of two from 4 to 32768".to_owned())
 }
 
-fn serial(text: &str) -> Result<String, String> {
+fn serial(text: &str) -> std::result::Result<String, String> {
     if text.len() > SERIAL_BYTES {
         return Err(format!("it has {} bytes, {SERIAL_BYTES} are allowed", text.len()));
     }
@@ -173,8 +218,28 @@ impl Arguments {
             allow_paths: self.allow_path.clone(),
             backing_format: self.backing_format.map(Format::from),
             compress: self.compress,
+            policy: self.policy(),
             ..OpenOptions::default()
         }
+    }
+
+    /// What becomes of discards and of zeros.
+    fn policy(&self) -> Policy {
+        let discards = match self.discard {
+            DiscardMode::Ignore => Discards::Ignore,
+            DiscardMode::Unmap => Discards::Unmap,
+        };
+        let detect_zeroes = match self.detect_zeroes {
+            ZeroesMode::Off => DetectZeroes::Off,
+            ZeroesMode::On => DetectZeroes::On,
+            ZeroesMode::Unmap => DetectZeroes::Unmap,
+        };
+        Policy { discards, detect_zeroes }
+    }
+
+    /// Refuses arguments that contradict each other, before anything is touched.
+    fn check(&self) -> Result<()> {
+        self.policy().check().map(drop)
     }
 
     /// How files are opened.
@@ -182,6 +247,7 @@ impl Arguments {
         FileOptions {
             direct: self.cache == Cache::None,
             sync: self.cache != Cache::Unsafe,
+            stall: self.on_enospc == FullMode::Stall,
             ..FileOptions::default()
         }
     }
@@ -258,6 +324,36 @@ mod tests {
     }
 
     #[test]
+    fn by_default_discards_unmap_zeros_are_data_and_a_full_host_is_reported() {
+        let arguments = parse(&[]);
+        assert_eq!(arguments.policy(), Policy::default());
+        assert!(!arguments.file_options().stall);
+        arguments.check().expect("the defaults agree");
+    }
+
+    #[test]
+    fn what_becomes_of_discards_zeros_and_a_lack_of_space() {
+        let policy = |words: &[&str]| parse(words).policy();
+        for (word, discards) in [
+            ("ignore", Discards::Ignore),
+            ("off", Discards::Ignore),
+            ("unmap", Discards::Unmap),
+            ("on", Discards::Unmap),
+        ] {
+            assert_eq!(policy(&["--discard", word]).discards, discards, "{word}");
+        }
+        for (word, detect_zeroes) in
+            [("off", DetectZeroes::Off), ("on", DetectZeroes::On), ("unmap", DetectZeroes::Unmap)]
+        {
+            assert_eq!(policy(&["--detect-zeroes", word]).detect_zeroes, detect_zeroes, "{word}");
+        }
+        assert!(parse(&["--on-enospc", "stall"]).file_options().stall);
+        let error = parse(&["--detect-zeroes", "unmap", "--discard", "ignore"]).check();
+        let error = error.expect_err("a contradiction").to_string();
+        assert!(error.contains("--detect-zeroes on"), "{error}");
+    }
+
+    #[test]
     fn the_defaults_let_a_guest_with_many_processors_start() {
         let arguments = parse(&[]);
         assert_eq!((arguments.num_queues, arguments.queue_size), (64, 1024));
@@ -278,6 +374,9 @@ mod tests {
             ["--block-size", "1024"],
             ["--create", "ten"],
             ["--format", "vmdk"],
+            ["--discard", "yes"],
+            ["--detect-zeroes", "yes"],
+            ["--on-enospc", "stop"],
             ["--log-level", "loud"],
         ] {
             let words = ["x", "--socket", "s", "--image", "i"];

@@ -12,7 +12,7 @@ use crate::cli::{Arguments, ImageFormat, attach};
 use crate::error::{Error, Kind, Result};
 use crate::image::{self, Image};
 use crate::qcow2::create::CreateOptions;
-use crate::storage::files::Files;
+use crate::storage::files::{Files, Options as FileOptions};
 use crate::storage::{Engine, FileSource, block_on, host};
 use crate::sync::{Arc, AtomicBool, Mutex};
 use crate::vhost::listen::{self, Listener};
@@ -28,10 +28,13 @@ pub fn run(arguments: &Arguments, logging: Logging) -> Result<()> {
     let (Some(socket), Some(path)) = (&arguments.socket, &arguments.image) else {
         return Err(Error::refused("arguments", "--socket and --image are needed"));
     };
-    let stop = signals().map_err(|error| Error::io("cannot wait for signals", error))?;
+    arguments.check()?;
+    let files = Files::new(arguments.file_options());
+    // What waits for space fails once the process is told to end.
+    let told = Arc::clone(files.outage().over());
+    let stop = signals(&told).map_err(|error| Error::io("cannot wait for signals", error))?;
     // The socket is looked at first, because making an image leaves a trace.
     listen::check(socket)?;
-    let files = Files::new(arguments.file_options());
     let engine = host::engine(arguments.aio(), &files, 0)?;
     let image = Arc::new(open(arguments, &*engine, &files, path)?);
     let served = serve(arguments, logging, socket, path, &files, &image, &stop);
@@ -39,14 +42,13 @@ pub fn run(arguments: &Arguments, logging: Logging) -> Result<()> {
     served.and(closed.map_err(|error| error.within(path.display())))
 }
 
-/// A stream that is readable after SIGTERM or SIGINT. A second signal ends the process at once: the
-/// operator has lost patience with a disk that does not answer.
-fn signals() -> std::io::Result<UnixStream> {
+/// A stream that is readable after SIGTERM or SIGINT, which also set `told`. A second signal ends
+/// the process at once: the operator has lost patience with a disk that does not answer.
+fn signals(told: &Arc<AtomicBool>) -> std::io::Result<UnixStream> {
     let (readable, written) = UnixStream::pair()?;
-    let told = Arc::new(AtomicBool::new(false));
     for signal in [SIGTERM, SIGINT] {
-        signal_hook::flag::register_conditional_shutdown(signal, 1, Arc::clone(&told))?;
-        signal_hook::flag::register(signal, Arc::clone(&told))?;
+        signal_hook::flag::register_conditional_shutdown(signal, 1, Arc::clone(told))?;
+        signal_hook::flag::register(signal, Arc::clone(told))?;
         signal_hook::low_level::pipe::register(signal, written.try_clone()?)?;
     }
     Ok(readable)
@@ -75,7 +77,8 @@ fn open(
 /// Makes an image. The table of files goes with the end of this, and with it the file's locks,
 /// which would keep us from opening the image too.
 fn create(arguments: &Arguments, path: &Path, size: u64) -> Result<()> {
-    let files = Files::new(arguments.file_options());
+    // An image that there is no space for need not be begun.
+    let files = Files::new(FileOptions { stall: false, ..arguments.file_options() });
     let engine = host::engine(arguments.aio(), &files, 0)?;
     let options = CreateOptions::new(size);
     let created = block_on(&*engine, image::create(&*engine, &*files, path, &options));

@@ -24,6 +24,7 @@ impl Image {
         unmap: bool,
     ) -> Result<()> {
         self.check_write(at, len)?;
+        let unmap = unmap && self.policy.unmaps();
         let image = match self.chain.top() {
             Layer::Raw(raw) => return raw.zero(st, at, len, unmap).await,
             Layer::Qcow2(image) => image,
@@ -47,6 +48,9 @@ impl Image {
     /// As [`Image::write`].
     pub async fn discard(&self, st: &dyn Storage, at: GuestOffset, len: u64) -> Result<()> {
         self.check_write(at, len)?;
+        if !self.policy.unmaps() {
+            return Ok(());
+        }
         match self.chain.top() {
             Layer::Raw(raw) => raw.discard(st, at, len).await,
             Layer::Qcow2(image) => {
@@ -94,7 +98,7 @@ impl Image {
             let piece = (len - done).min(ZEROS);
             if !self.is_zero(st, at + done, piece).await? {
                 let zeros = Buf::zeroed(usize::try_from(piece).expect("a small piece"));
-                self.write(st, at + done, zeros).await?;
+                self.write_mode(st, at + done, zeros, self.compress).await?;
             }
             done += piece;
         }

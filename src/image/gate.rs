@@ -9,6 +9,7 @@ use std::path::{Component, Path, PathBuf};
 use crate::error::{Error, Kind, Result};
 use crate::image::Image;
 use crate::image::chain::Layer;
+use crate::image::policy::Policy;
 use crate::qcow2::create::CreateOptions;
 use crate::qcow2::header::Header;
 use crate::qcow2::open::{Parts, read_header};
@@ -46,6 +47,8 @@ pub struct OpenOptions {
     pub inflated: InflatedBytes,
     /// Compress what the guest writes, where it writes whole clusters to a new place.
     pub compress: bool,
+    /// What becomes of discards and of zeros.
+    pub policy: Policy,
 }
 
 impl Image {
@@ -61,7 +64,7 @@ impl Image {
     ) -> Result<Self> {
         let gate = Gate::new(st, source, path, options)?;
         let layers = gate.open_chain(path).await?;
-        let mut image = Self::from_layers(layers, options.read_only);
+        let mut image = Self::from_layers(layers, options.read_only).with_policy(options.policy);
         (image.inflated, image.compress) = (gate.inflated, options.compress);
         if options.compress {
             image.compressible().map_err(|error| error.within(path.display()))?;

@@ -10,6 +10,7 @@ mod compress;
 mod erase;
 pub mod gate;
 pub mod offline;
+pub mod policy;
 mod transfer;
 
 use std::fmt;
@@ -25,6 +26,7 @@ use crate::sync::Arc;
 
 pub use gate::{Format, OpenOptions, create};
 pub use offline::{apply_snapshot, create_snapshot, delete_snapshot, resize, snapshots};
+pub use policy::Policy;
 
 /// One guest's disk. Shared by all workers; each brings its own [`Storage`].
 pub struct Image {
@@ -34,6 +36,7 @@ pub struct Image {
     /// Whether guests' writes of whole new clusters are compressed.
     compress: bool,
     inflated: Arc<Inflated>,
+    policy: Policy,
 }
 
 impl fmt::Debug for Image {
@@ -52,7 +55,19 @@ impl Image {
     fn from_layers(layers: Vec<Layer>, read_only: bool) -> Self {
         let size = layers[0].size();
         let inflated = Arc::new(Inflated::new(InflatedBytes(0)));
-        Self { chain: Chain(layers), size, read_only, compress: false, inflated }
+        let policy = Policy::default();
+        Self { chain: Chain(layers), size, read_only, compress: false, inflated, policy }
+    }
+
+    /// The same disk with other choices of the operator.
+    #[must_use]
+    pub fn with_policy(self, policy: Policy) -> Self {
+        Self { policy, ..self }
+    }
+
+    /// What the operator chose.
+    pub fn policy(&self) -> Policy {
+        self.policy
     }
 
     /// The disk's size in bytes, a multiple of 512: a last sector that the image only holds in
@@ -120,10 +135,15 @@ impl Image {
     /// image contradicts itself or was poisoned before.
     pub async fn write(&self, st: &dyn Storage, at: GuestOffset, buf: Buf) -> Result<()> {
         self.check_write(at, buf.len() as u64)?;
-        self.write_mode(st, at, buf, self.compress).await
+        match self.policy.looks_for_zeros() {
+            None => self.write_mode(st, at, buf, self.compress).await,
+            // In a box, so that those who do not look have no use for its memory.
+            Some(unmap) => Box::pin(self.write_sparse(st, at, buf, unmap)).await,
+        }
     }
 
-    /// Writes a range that was checked; `compress` says what becomes of whole new clusters.
+    /// Writes a range that was checked, whatever the bytes are; `compress` says what becomes of
+    /// whole new clusters.
     async fn write_mode(
         &self,
         st: &dyn Storage,

@@ -176,6 +176,16 @@ impl Buf {
         }
     }
 
+    /// Whether `len` bytes from `offset` on are all zero, or were one after the other: somebody
+    /// else may change them meanwhile. Ends with the first that is not.
+    ///
+    /// # Panics
+    /// When the range does not lie inside the buffer.
+    pub fn is_zero(&self, offset: usize, len: usize) -> bool {
+        // SAFETY: the segment lies in memory that `keep` holds.
+        self.range(offset, len).all(|part| unsafe { is_zero(part) })
+    }
+
     /// Copies all of `source` into this buffer from `offset` on.
     ///
     /// # Panics
@@ -225,6 +235,29 @@ impl Buf {
     }
 }
 
+/// Whether a segment is all zeros.
+///
+/// # Safety
+/// Its memory must be mapped and readable.
+unsafe fn is_zero(part: Segment) -> bool {
+    const WORD: usize = size_of::<u64>();
+    /// Words that are looked at between two decisions.
+    const GROUP: usize = 8;
+    let at = |offset: usize| part.address.wrapping_add(offset);
+    // SAFETY: by this function's contract; volatile, since the guest may write meanwhile.
+    let byte = |offset: usize| unsafe { at(offset).read_volatile() } == 0;
+    // SAFETY: as for bytes, and the callers below ask for aligned words inside the segment only.
+    let word = |offset: usize| unsafe { at(offset).cast::<u64>().read_volatile() };
+    let head = part.address.align_offset(WORD).min(part.len);
+    let words_end = head + (part.len - head) / WORD * WORD;
+    let groups_end = head + (part.len - head) / (WORD * GROUP) * (WORD * GROUP);
+    let group = |first: usize| (0..GROUP).fold(0, |any, step| any | word(first + step * WORD)) == 0;
+    (0..head).all(byte)
+        && (head..groups_end).step_by(WORD * GROUP).all(group)
+        && (groups_end..words_end).step_by(WORD).all(|offset| word(offset) == 0)
+        && (words_end..part.len).all(byte)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -256,6 +289,20 @@ mod tests {
         assert_eq!(slice.to_vec(), [7; 1000]);
         assert!(Buf::zeroed(8192).is_aligned(4096));
         assert!(!Buf::zeroed(8192).slice(1, 512).is_aligned(512));
+    }
+
+    #[test]
+    fn one_bit_anywhere_is_not_zero() {
+        let len = 300;
+        let whole = Buf::concat([Buf::zeroed(101), Buf::zeroed(3), Buf::zeroed(196)]);
+        assert!(whole.is_zero(0, len) && whole.is_zero(17, 0));
+        for place in 0..len {
+            whole.copy_from(place, &[0x80]);
+            assert!(!whole.is_zero(0, len), "a bit in byte {place} was missed");
+            assert!(!whole.is_zero(place, 1) && !whole.is_zero(place / 2, len - place / 2));
+            assert!(whole.is_zero(0, place) && whole.is_zero(place + 1, len - place - 1));
+            whole.fill_zero(place, 1);
+        }
     }
 
     #[test]

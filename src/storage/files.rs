@@ -11,6 +11,7 @@ use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use super::bounce::BlockLocks;
+use super::stall::Outage;
 use super::threads::Pool;
 use super::{FileId, FileSource, Limits, OpenMode, Opened, lock, sys};
 use crate::error::{Error, Result};
@@ -26,11 +27,13 @@ pub struct Options {
     pub sync: bool,
     /// Whether to take the locks that keep other programs, QEMU among them, from the same image.
     pub lock: bool,
+    /// Whether what the host has no space for waits until there is some, instead of failing.
+    pub stall: bool,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Self { direct: false, sync: true, lock: true }
+        Self { direct: false, sync: true, lock: true, stall: false }
     }
 }
 
@@ -41,12 +44,15 @@ pub struct Files {
     table: RwLock<Vec<Arc<OpenFile>>>,
     pub(super) pool: Arc<Pool>,
     pub(super) locks: Arc<BlockLocks>,
+    outage: Arc<Outage>,
 }
 
 /// One open file.
 #[derive(Debug)]
 pub(super) struct OpenFile {
     pub(super) file: File,
+    /// The name it was opened by.
+    path: PathBuf,
     pub(super) limits: Limits,
     /// Bits of [`Lack`]: what turned out not to work on this file.
     lacks: AtomicU32,
@@ -122,7 +128,20 @@ impl Files {
             table: RwLock::new(Vec::new()),
             pool: Pool::new(),
             locks: BlockLocks::new(),
+            outage: Arc::default(),
         })
+    }
+
+    /// What the engines know of a lack of space.
+    pub fn outage(&self) -> &Arc<Outage> {
+        &self.outage
+    }
+
+    /// What a file is called in the log.
+    pub(super) fn name(&self, id: FileId) -> String {
+        let table = self.table.read().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let open = usize::try_from(id.0).ok().and_then(|index| table.get(index));
+        open.map_or_else(|| format!("file {}", id.0), |open| open.path.display().to_string())
     }
 
     /// How files are opened.
@@ -152,7 +171,7 @@ impl Files {
             (limits.memory_alignment, limits.request_alignment) = direct_limits(&file, path)?;
         }
         let (lacks, length) = (AtomicU32::new(0), AtomicU64::new(0));
-        let open = OpenFile { file, limits, lacks, length, block_size };
+        let open = OpenFile { file, path: path.to_owned(), limits, lacks, length, block_size };
         let length = open.length().map_err(|error| failed("find the length", error))?;
         open.length.store(length, Ordering::Relaxed);
         let mut table = self.table.write().unwrap_or_else(std::sync::PoisonError::into_inner);

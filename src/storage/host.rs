@@ -5,6 +5,7 @@ use std::io;
 use super::Engine;
 use super::bounce::Bounce;
 use super::files::Files;
+use super::stall::{self, Stall};
 use super::threads::Threads;
 use super::uring::{self, Uring};
 use crate::error::{Error, Result};
@@ -27,6 +28,17 @@ pub enum Aio {
 /// # Errors
 /// When io_uring was asked for and cannot be used, or the process has no descriptors left.
 pub fn engine(aio: Aio, files: &Arc<Files>, lane: usize) -> Result<Box<dyn Engine>> {
+    let engine = prompt(aio, files, lane)?;
+    if !files.options().stall {
+        return Ok(engine);
+    }
+    let (outage, table) = (Arc::clone(files.outage()), Arc::clone(files));
+    let stall = Stall::new(engine, stall::INTERVAL, outage, move |file| table.name(file));
+    Ok(Box::new(stall.map_err(|error| Error::io("cannot prepare to wait for space", error))?))
+}
+
+/// The engine that answers as soon as the host does.
+fn prompt(aio: Aio, files: &Arc<Files>, lane: usize) -> Result<Box<dyn Engine>> {
     let uring = match aio {
         Aio::Threads => false,
         Aio::IoUring => true,

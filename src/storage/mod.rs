@@ -2,9 +2,9 @@
 //!
 //! An operation is a value ([`Op`]) with a name for why it is done ([`Purpose`]), and there is one
 //! verb, [`Storage::submit`]. Engines ([`uring`], [`threads`], a simulated disk in [`mem`]) differ
-//! in how they carry operations out; decorators ([`bounce`] buffers, [`fault`]s) wrap an engine,
-//! and [`host::engine`] picks the right ones. Above this line nobody sees a short transfer or an
-//! end of file: transfers are resumed, and reads past the end give zeros.
+//! in how they carry operations out; decorators ([`bounce`] buffers, [`fault`]s, [`stall`]s) wrap
+//! an engine, and [`host::engine`] picks the right ones. Above this line nobody sees a short
+//! transfer or an end of file: transfers are resumed, and reads past the end give zeros.
 
 pub mod bounce;
 pub mod buf;
@@ -17,6 +17,7 @@ mod lock;
 pub mod mem;
 pub mod ops;
 mod plan;
+pub mod stall;
 mod sys;
 pub mod threads;
 pub mod uring;
