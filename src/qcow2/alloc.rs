@@ -325,18 +325,6 @@ impl Qcow2 {
         }
     }
 
-    /// Hands out `want` neighbouring clusters with refcount one.
-    pub(super) async fn allocate_together(&self, st: &dyn Storage, want: u64) -> Result<Run> {
-        let run = self.allocate(st, want).await?.run;
-        if run.count == want {
-            return Ok(run);
-        }
-        self.limbo.never_linked(run, self.epochs.now());
-        let _turn = self.refill.claim(0..1).await;
-        let run = self.contiguous_at_frontier(st, want).await?;
-        Ok(self.count(st, run, false).await?.run)
-    }
-
     /// Fills new metadata with zeros that take up space on the host, so that filling it in later
     /// does not run out of space, and guards it.
     pub(super) async fn zero_metadata(

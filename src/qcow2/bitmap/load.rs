@@ -52,7 +52,7 @@ impl Qcow2 {
         let wrong = |kind| Error::corrupt("bitmap directory", kind);
         let place = directory::place(&self.header.bitmaps, self.cluster_size()).map_err(wrong)?;
         let Place { at, len, .. } = place;
-        self.guard_bitmap(survey, "bitmap directory", at, len).map_err(wrong)?;
+        self.guard_bitmap(st, survey, "bitmaps", ("bitmap directory", at, len)).await?;
         let bytes = self.read_bitmap(st, at, len).await?;
         let mut live = Vec::new();
         for entry in directory::parse(&bytes, place).map_err(wrong)? {
@@ -71,7 +71,8 @@ impl Qcow2 {
         survey: &mut Survey,
         entry: &Entry,
     ) -> Result<Vec<Part>> {
-        let wrong = |kind| Error::corrupt(format!("bitmap {:?}", entry.name), kind);
+        let name = format!("bitmap {:?}", entry.name);
+        let wrong = |kind| Error::corrupt(name.as_str(), kind);
         let (at, len) = (entry.table_at, entry.table_entries * 8);
         survey.tables += len;
         if survey.tables > TABLES_LIMIT {
@@ -81,15 +82,15 @@ impl Qcow2 {
         if len == 0 {
             return Ok(Vec::new());
         }
-        self.guard_bitmap(survey, "bitmap table", at, len).map_err(wrong)?;
+        self.guard_bitmap(st, survey, &name, ("bitmap table", at, len)).await?;
         let bytes = self.read_bitmap(st, at, len).await?;
         let mut parts = Vec::new();
         for index in 0..entry.table_entries {
             let word = be64(&bytes, parts.len() * 8).unwrap_or_default();
             let part = Part::parse(word, index, self.cluster_size()).map_err(wrong)?;
             if let Part::At(at) = part {
-                let cluster = self.cluster_size();
-                self.guard_bitmap(survey, "bitmap's cluster", at, cluster).map_err(wrong)?;
+                let piece = ("bitmap's cluster", at, self.cluster_size());
+                self.guard_bitmap(st, survey, &name, piece).await?;
             }
             parts.push(part);
         }
@@ -97,23 +98,30 @@ impl Qcow2 {
     }
 
     /// Guards a piece of a bitmap; refuses one that lies outside the file or over other metadata,
-    /// because storing the bitmap anew would free what is not its own.
-    fn guard_bitmap(
+    /// because storing the bitmap anew would free what is not its own, and one that counts as free.
+    async fn guard_bitmap(
         &self,
+        st: &dyn Storage,
         survey: &mut Survey,
-        table: &'static str,
-        at: HostOffset,
-        len: u64,
-    ) -> Result<(), CorruptKind> {
-        let offset = at.0;
-        if offset == 0 || at.within(self.cluster_size()) != 0 {
-            return Err(CorruptKind::TableAlignment { table, offset });
+        name: &str,
+        (table, at, len): (&'static str, HostOffset, u64),
+    ) -> Result<()> {
+        let (offset, cluster) = (at.0, self.cluster_size());
+        let wrong = |kind| Err(Error::corrupt(name, kind));
+        if offset == 0 || at.within(cluster) != 0 {
+            return wrong(CorruptKind::TableAlignment { table, offset });
         }
         if offset.saturating_add(len) > survey.end {
-            return Err(CorruptKind::TableBeyondEnd { table, offset, file_len: survey.end });
+            return wrong(CorruptKind::TableBeyondEnd { table, offset, file_len: survey.end });
         }
         if self.regions.contains(at, len) {
-            return Err(CorruptKind::TableOverlap { table, offset });
+            return wrong(CorruptKind::TableOverlap { table, offset });
+        }
+        let first = self.geometry.host_cluster(at).0;
+        let end = first + len.div_ceil(cluster);
+        let (free, _) = self.refcounts.find_free(st, first, end, 1, usize::MAX).await?;
+        if let Some(free) = free {
+            return wrong(CorruptKind::RefcountUnderflow(self.geometry.host_start(free.first).0));
         }
         self.regions.add(at, len);
         survey.guarded.push((at, len));

@@ -125,7 +125,7 @@ impl Qcow2 {
             Bitmaps::Tracked(tracker) => tracker,
             Bitmaps::Broken(error) => {
                 let what = "the image's dirty bitmaps cannot be kept and are invalid from now on; \
-                            remove them with qemu-img bitmap --remove and make new ones";
+                            qemu-img check -r leaks gives their room back";
                 tracing::warn!(%error, "{what}");
                 return Ok(());
             }
