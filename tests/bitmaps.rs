@@ -234,6 +234,9 @@ layouts! {
     compressed: Layout::new(16, 8000, Kind::Compressed("zstd"));
     snapshots: Layout::new(9, 6000, Kind::Snapshots);
     data_file: Layout::new(12, 8000, Kind::DataFile { raw: false });
+    extended: Layout::new(14, 8000, Kind::Plain).extended();
+    lazy: Layout::new(12, 8000, Kind::Plain).lazy();
+    extended_lazy_snapshots: Layout::new(16, 20_000, Kind::Snapshots).extended().lazy();
     raw_data_file: Layout::new(12, 8000, Kind::DataFile { raw: true });
 }
 

