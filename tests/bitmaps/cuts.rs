@@ -62,8 +62,8 @@ fn is_dirty(disk: &MemDisk) -> bool {
     image_bytes(disk)[79] & 1 == 1
 }
 
-/// An image that is marked dirty is free of corruption when QEMU has repaired it, and its bitmaps are what
-/// they were.
+/// An image that is marked dirty is free of corruption when QEMU has repaired it, and its bitmaps
+/// are what they were.
 fn repair(crashed: &MemDisk) {
     let dir = Dir::of(crashed);
     dir.img(&["check", "-q", "-r", "all", IMAGE]);

@@ -244,8 +244,8 @@ fn damaged_directories_and_tables_do_no_harm() {
     let bytes = made.clone().image().clone();
     let extension = stored::extension(&bytes).expect("bitmaps");
     let stored = read(&bytes);
-    let mut places = vec![extension..extension + 24];
-    places.push(stored[0].entry..stored[0].entry + 130);
+    let directory = stored[0].entry;
+    let mut places = vec![extension..extension + 24, directory..directory + 130];
     places.extend(stored.iter().map(|bitmap| bitmap.table..bitmap.table + 8));
     for seed in seeds(400) {
         let _repeat = Repeat::new("bitmaps", "damaged_directories_and_tables_do_no_harm", seed);
