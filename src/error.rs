@@ -216,6 +216,25 @@ pub enum CorruptKind {
         /// Upper bound of its length in bytes.
         bytes: u64,
     },
+    /// The bitmaps extension of the header, or the size of the directory, is malformed.
+    #[error("the bitmaps extension is malformed: {0}")]
+    BitmapsExtension(&'static str),
+    /// An entry of the bitmap directory is malformed.
+    #[error("bitmap directory entry {number} is malformed: {what}")]
+    Bitmap {
+        /// The number of the entry, from 0.
+        number: u32,
+        /// What is wrong with it.
+        what: &'static str,
+    },
+    /// A bitmap table entry has reserved bits or an unaligned offset.
+    #[error("bitmap table entry {index} is {entry:#018x}")]
+    BitmapTableEntry {
+        /// Index into the table.
+        index: u64,
+        /// The entry.
+        entry: u64,
+    },
     /// A snapshot table entry is malformed.
     #[error("snapshot table entry {0} is malformed")]
     Snapshot(u32),

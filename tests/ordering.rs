@@ -441,7 +441,7 @@ fn r9_shared_clusters_are_never_overwritten() {
 }
 
 #[test]
-fn r10_autoclear_bits_are_cleared_durably_before_the_first_change() {
+fn r10_the_image_says_durably_what_becomes_stale_before_the_first_change() {
     let dir = Dir::new();
     dir.img(&["create", "-q", "-f", "qcow2", IMAGE, "1M"]);
     dir.img(&["bitmap", "--add", IMAGE, "changes"]);
@@ -465,9 +465,17 @@ fn r10_autoclear_bits_are_cleared_durably_before_the_first_change() {
     assert_eq!(next(), (Stage::Finished, Purpose::HeaderWrite));
     assert_eq!(next(), (Stage::Submitted, Purpose::SyncHeader));
     assert_eq!(next(), (Stage::Finished, Purpose::SyncHeader));
+    assert_eq!(next(), (Stage::Submitted, Purpose::DirectoryWrite));
+    assert_eq!(next(), (Stage::Finished, Purpose::DirectoryWrite));
+    assert_eq!(next(), (Stage::Submitted, Purpose::SyncDirectory));
+    assert_eq!(next(), (Stage::Finished, Purpose::SyncDirectory));
     let header = submitted(&trace, Purpose::HeaderWrite)[0];
     assert_eq!((header.at, header.len), (72, 24), "the feature bits alone are written");
-    assert_eq!(disk.crash_exactly(0).content(FILE)[88..96], [0; 8], "cleared durably");
+    let durable = disk.crash_exactly(0).content(FILE);
+    assert_eq!(durable[88..96], [0, 0, 0, 0, 0, 0, 0, 1], "cleared durably, but that of bitmaps");
+    let directory = submitted(&trace, Purpose::DirectoryWrite)[0];
+    let flags = index(directory.at + 12);
+    assert_eq!(durable[flags..flags + 4], [0, 0, 0, 3], "enabled, and durably in use");
 }
 
 #[test]

@@ -29,6 +29,7 @@ impl Image {
             Layer::Raw(raw) => return raw.zero(st, at, len, unmap).await,
             Layer::Qcow2(image) => image,
         };
+        image.start_change(st, at.0, len).await?;
         let _stay = image.epochs().enter(st.lane());
         if !image.can_zero(unmap) {
             return self.write_zero_bytes(st, at, len).await;
@@ -54,6 +55,7 @@ impl Image {
         match self.chain.top() {
             Layer::Raw(raw) => raw.discard(st, at, len).await,
             Layer::Qcow2(image) => {
+                image.start_change(st, at.0, len).await?;
                 let _stay = image.epochs().enter(st.lane());
                 let (start, end) = self.whole_units(image.cluster_size(), at, len);
                 self.erase(st, image, start, end, Erase::Discard).await

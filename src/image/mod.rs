@@ -159,7 +159,7 @@ impl Image {
             }
             Layer::Qcow2(image) => image,
         };
-        image.start_writing(st).await?;
+        image.start_change(st, at.0, buf.len() as u64).await?;
         let _stay = image.epochs().enter(st.lane());
         let mut batch = Batch::default();
         let result = self.write_parts(st, at, &buf, compress, &mut batch).await;

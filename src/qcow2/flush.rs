@@ -245,6 +245,7 @@ impl Qcow2 {
         if !self.writing.load(Ordering::Acquire) {
             return Ok(());
         }
+        self.store_bitmaps(st).await?;
         if let Some(run) = self.allocator.drain_reserved() {
             self.limbo.never_linked(run, self.epochs.now());
         }
@@ -257,7 +258,10 @@ impl Qcow2 {
                 break;
             }
         }
-        self.write_features(st, 0).await
+        self.write_features(st, 0).await?;
+        // Whoever writes after all has to say so again.
+        self.writing.store(false, Ordering::Release);
+        Ok(())
     }
 
     fn is_any_dirty(&self) -> bool {

@@ -35,6 +35,8 @@ pub const EXTENSION_END: u32 = 0;
 pub const EXTENSION_BACKING_FORMAT: u32 = 0xe279_2aca;
 /// Header extension: names of feature bits.
 pub const EXTENSION_FEATURE_NAMES: u32 = 0x6803_f857;
+/// Header extension: where the bitmap directory lies.
+pub const EXTENSION_BITMAPS: u32 = 0x2385_2875;
 /// Header extension: the external data file's name, a string.
 pub const EXTENSION_DATA_FILE: u32 = 0x4441_5441;
 

@@ -82,6 +82,9 @@ pub struct Header {
     pub backing_format: Option<String>,
     /// The external data file's name as recorded.
     pub data_file: Option<String>,
+    /// The bytes of each bitmaps extension, not checked: they are ignored unless the autoclear
+    /// features say that the bitmaps are valid.
+    pub bitmaps: Vec<Vec<u8>>,
 }
 
 /// The cluster size that the first bytes of an image state, for reading the rest of the header.
@@ -224,6 +227,7 @@ pub fn parse(name: &str, bytes: &[u8]) -> Result<Header> {
         backing: backing_name(&fields, cluster).map_err(corrupt)?,
         backing_format: extensions.text(format::EXTENSION_BACKING_FORMAT).map_err(corrupt)?,
         data_file: extensions.text(format::EXTENSION_DATA_FILE).map_err(corrupt)?,
+        bitmaps: extensions.all(format::EXTENSION_BITMAPS),
     };
     header.check().map_err(corrupt)?;
     Ok(header)
@@ -376,6 +380,12 @@ impl<'a> Extensions<'a> {
             at = last.next_multiple_of(8);
         }
         Ok(Self(found))
+    }
+
+    /// The bytes of every extension of a kind.
+    fn all(&self, kind: u32) -> Vec<Vec<u8>> {
+        let found = self.0.iter().filter(|(found, _)| *found == kind);
+        found.map(|(_, bytes)| bytes.to_vec()).collect()
     }
 
     fn text(&self, kind: u32) -> Result<Option<String>, CorruptKind> {

@@ -6,11 +6,13 @@
 //! entries, `flush` makes changes durable in the order that `ORDERING.md` states, `limbo` and
 //! `epoch` decide when a freed cluster may be used again. Of compressed clusters, `compress` knows
 //! the encodings, `compress_write` where new ones go, `inflated` what was read. `snapshot` and
-//! `resize` change images that nothing else uses, through what they share in `offline`.
+//! `resize` change images that nothing else uses, through what they share in `offline`;
+//! `bitmap` keeps dirty bitmaps true.
 //!
 //! A method without a [`Storage`](crate::storage::Storage) argument cannot do I/O and cannot wait.
 
 mod alloc;
+mod bitmap;
 mod claims;
 mod compress;
 mod compress_write;
@@ -50,6 +52,7 @@ pub use write::WritePlan;
 use crate::bytes::{HostOffset, round_up};
 use crate::error::{Error, Result};
 use crate::qcow2::alloc::Allocator;
+use crate::qcow2::bitmap::Bitmaps;
 use crate::qcow2::claims::Claims;
 use crate::qcow2::compress_write::Packer;
 use crate::qcow2::flush::FlushGate;
@@ -100,6 +103,7 @@ pub struct Qcow2 {
     tables: Claims,
     regions: Regions,
     limbo: Limbo,
+    bitmaps: Bitmaps,
     epochs: Epochs,
     flush: FlushGate,
     /// Where compressed clusters go, and what was inflated of those that are there.

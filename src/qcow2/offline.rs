@@ -30,7 +30,9 @@ impl Qcow2 {
         self.lazy.store(false, Ordering::Release);
         self.write_features(st, 0).await?;
         self.writing.store(true, Ordering::Release);
-        self.close(st).await
+        self.close(st).await?;
+        self.writing.store(true, Ordering::Release);
+        Ok(())
     }
 
     /// Makes everything durable and leaves no leak. A write that comes later looks at the autoclear

@@ -5,6 +5,7 @@ use std::collections::BTreeSet;
 use crate::bytes::{HostOffset, be64, round_up};
 use crate::error::{CorruptKind, Error, Result};
 use crate::qcow2::alloc::Allocator;
+use crate::qcow2::bitmap::Bitmaps;
 use crate::qcow2::claims::Claims;
 use crate::qcow2::compress_write::Packer;
 use crate::qcow2::epoch::Epochs;
@@ -99,7 +100,7 @@ impl Qcow2 {
         let table = read_table(st, file, Purpose::ReftableLoad, header.reftable_at, entries);
         let table = table.await.map_err(|error| error.within(name))?;
         let l2_need = header.l1_entries.saturating_mul(geometry.cluster_size());
-        let image = Self {
+        let mut image = Self {
             file: file.id,
             data: parts.data.unwrap_or(file.id),
             geometry,
@@ -120,6 +121,7 @@ impl Qcow2 {
             tables: Claims::default(),
             regions,
             limbo: Limbo::default(),
+            bitmaps: Bitmaps::None,
             epochs: Epochs::new(),
             flush: FlushGate::default(),
             packer: Packer::default(),
@@ -137,6 +139,8 @@ impl Qcow2 {
         if !parts.read_only {
             image.guard_snapshots(st, end).await.map_err(|error| error.within(name))?;
             image.guard_tables(end).map_err(|kind| Error::corrupt(name, kind))?;
+            let bitmaps = image.open_bitmaps(st, end).await;
+            image.bitmaps = bitmaps.map_err(|error| error.within(name))?;
         }
         Ok(image)
     }

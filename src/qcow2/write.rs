@@ -341,6 +341,7 @@ impl Qcow2 {
         }
         let dirty = if self.header.is_lazy() { INCOMPATIBLE_DIRTY } else { 0 };
         self.write_features(st, dirty).await?;
+        self.start_bitmaps(st).await?;
         self.writing.store(true, Ordering::Release);
         Ok(())
     }
@@ -352,8 +353,8 @@ impl Qcow2 {
     pub(super) async fn write_features(&self, st: &dyn Storage, dirty: u64) -> Result<()> {
         let header = &self.header;
         let raw = if self.has_data_file() { AUTOCLEAR_RAW_DATA } else { 0 };
-        let bitmaps = self.bitmaps_stay.load(Ordering::Acquire);
-        let kept = raw | if bitmaps { AUTOCLEAR_BITMAPS } else { 0 };
+        let stay = self.bitmaps_stay.load(Ordering::Acquire);
+        let kept = raw | self.bitmaps.autoclear() | if stay { AUTOCLEAR_BITMAPS } else { 0 };
         let features = [header.incompatible | dirty, header.compatible, header.autoclear & kept];
         if header.version < 3 || *lock(&self.features) == features {
             return Ok(());

@@ -150,6 +150,12 @@ pub enum Purpose {
     SnapshotWrite,
     /// Making a file longer or shorter.
     Resize,
+    /// Reading the bitmap directory, a bitmap's table or its bits.
+    BitmapLoad,
+    /// Writing a bitmap's table or its bits into new clusters.
+    BitmapWrite,
+    /// Changing entries of the bitmap directory in place.
+    DirectoryWrite,
     /// Data and refcounts are durable after this sync.
     SyncData,
     /// New refcount blocks are reachable after this sync.
@@ -158,6 +164,8 @@ pub enum Purpose {
     SyncTables,
     /// A header change is durable after this sync.
     SyncHeader,
+    /// A change of the bitmap directory is durable after this sync.
+    SyncDirectory,
     /// Making a new image.
     Create,
 }
