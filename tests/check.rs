@@ -112,7 +112,9 @@ fn class(corruptions: u64, leaks: u64) -> &'static str {
 fn same_content(disk: &MemDisk, before: &[u8], touched: &[(u64, u64)], context: &str) {
     // Another host: on this one the file would be closed for writes from here on.
     let copy = MemDisk::new();
-    disk.files().into_iter().for_each(|(name, bytes)| drop(copy.add(name, bytes)));
+    for (name, bytes) in disk.files() {
+        copy.add(name, bytes);
+    }
     let engine = copy.engine(0, 1);
     let image = open_for_reading(&copy);
     let chunk = 512_usize;

@@ -8,6 +8,9 @@
 //! the encodings, `compress_write` where new ones go, `inflated` what was read. `snapshot` and
 //! `resize` change images that nothing else uses, through what they share in `offline`.
 //!
+//! [`check`] looks for contradictions in an image that nobody uses and repairs them, `mark` changes
+//! the header's feature bits in place.
+//!
 //! A method without a [`Storage`](crate::storage::Storage) argument cannot do I/O and cannot wait.
 
 mod alloc;
