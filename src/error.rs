@@ -16,6 +16,7 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 pub struct Error {
     kind: Kind,
     context: Box<str>,
+    below: bool,
 }
 
 /// The four kinds of failure.
@@ -37,24 +38,28 @@ pub enum Kind {
 }
 
 impl Error {
+    fn new(kind: Kind, context: Box<str>) -> Self {
+        Self { kind, context, below: false }
+    }
+
     /// An I/O failure while doing `context`.
     pub fn io(context: impl Into<Box<str>>, source: io::Error) -> Self {
-        Self { kind: Kind::Io(source), context: context.into() }
+        Self::new(Kind::Io(source), context.into())
     }
 
     /// A contradiction found in the image while doing `context`.
     pub fn corrupt(context: impl Into<Box<str>>, kind: CorruptKind) -> Self {
-        Self { kind: Kind::Corrupt(kind), context: context.into() }
+        Self::new(Kind::Corrupt(kind), context.into())
     }
 
     /// A feature that is not served.
     pub fn unsupported(context: impl Into<Box<str>>, what: impl Into<Box<str>>) -> Self {
-        Self { kind: Kind::Unsupported(what.into()), context: context.into() }
+        Self::new(Kind::Unsupported(what.into()), context.into())
     }
 
     /// A thing policy forbids; `why` ends with the flag that would allow it, if there is one.
     pub fn refused(context: impl Into<Box<str>>, why: impl Into<Box<str>>) -> Self {
-        Self { kind: Kind::Refused(why.into()), context: context.into() }
+        Self::new(Kind::Refused(why.into()), context.into())
     }
 
     /// Which kind of failure this is.
@@ -65,7 +70,18 @@ impl Error {
     /// The same failure, seen from one level up: `outer: context`.
     #[must_use]
     pub fn within(self, outer: impl fmt::Display) -> Self {
-        Self { kind: self.kind, context: format!("{outer}: {}", self.context).into() }
+        Self { context: format!("{outer}: {}", self.context).into(), ..self }
+    }
+
+    /// The same failure, in a layer below the one that is written to.
+    #[must_use]
+    pub fn below(self) -> Self {
+        Self { below: true, ..self }
+    }
+
+    /// Whether the failure is in a layer below the one that is written to.
+    pub fn is_below(&self) -> bool {
+        self.below
     }
 }
 

@@ -73,14 +73,15 @@ impl Chain {
         at: GuestOffset,
         mut len: u64,
     ) -> Result<Place> {
-        for layer in &self.0 {
+        for (depth, layer) in self.0.iter().enumerate() {
             // A layer that is shorter than the one above reads as zeros behind its end.
             let inside = layer.size().saturating_sub(at.0);
             if inside == 0 {
                 return Ok(Place::Plain(Extent::Zero { len }));
             }
             len = len.min(inside);
-            match layer.map(st, at, len).await? {
+            let extent = layer.map(st, at, len).await;
+            match extent.map_err(|error| if depth > 0 { error.below() } else { error })? {
                 Extent::Backing { len: run } => len = run,
                 Extent::Compressed(extent) => {
                     let Layer::Qcow2(image) = layer else {

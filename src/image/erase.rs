@@ -72,7 +72,8 @@ impl Image {
         how: Erase,
     ) -> Result<()> {
         while at.0 < end {
-            let mut handled = image.erase(st, at, end - at.0, how).await?;
+            let erased = image.erase(st, at, end - at.0, how).await;
+            let mut handled = self.answer(st, erased).await?;
             if handled == 0 {
                 let cluster = image.cluster_size();
                 handled = (end - at.0).min(cluster - at.within(cluster));
@@ -98,7 +99,8 @@ impl Image {
         let mut done = 0;
         while done < len {
             let piece = (len - done).min(ZEROS);
-            if !self.is_zero(st, at + done, piece).await? {
+            let zero = self.is_zero(st, at + done, piece).await;
+            if !self.answer(st, zero).await? {
                 let zeros = Buf::zeroed(usize::try_from(piece).expect("a small piece"));
                 self.write_mode(st, at + done, zeros, self.compress).await?;
             }

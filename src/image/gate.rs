@@ -12,7 +12,7 @@ use crate::image::chain::Layer;
 use crate::image::policy::Policy;
 use crate::qcow2::create::CreateOptions;
 use crate::qcow2::header::Header;
-use crate::qcow2::open::{Parts, read_header};
+use crate::qcow2::open::{Parts, read_header, repair_dirty};
 use crate::qcow2::{CacheSizes, Inflated, InflatedBytes, Qcow2};
 use crate::raw::Raw;
 use crate::storage::{FileSource, OpenMode, Opened, Storage};
@@ -165,7 +165,11 @@ impl<'a> Gate<'a> {
         seen: &mut Vec<(u64, u64)>,
     ) -> Result<(Layer, Option<Next>)> {
         let name = path.display().to_string();
-        let header = read_header(self.st, &name, file).await?;
+        let mut header = read_header(self.st, &name, file).await?;
+        let mut file = file;
+        if !read_only {
+            (file, header) = repair_dirty(self.st, &name, file, header).await?;
+        }
         let next = self.backing(path, &header)?;
         let data = self.open_data_file(path, &header, read_only, seen)?;
         let parts = Parts {

@@ -125,7 +125,18 @@ impl Image {
     pub async fn read(&self, st: &dyn Storage, at: GuestOffset, buf: Buf) -> Result<()> {
         self.check_range(at, buf.len() as u64)?;
         let _stay = self.epochs().map(|epochs| epochs.enter(st.lane()));
-        self.read_chain(st, Purpose::GuestRead, at, buf).await
+        let result = self.read_chain(st, Purpose::GuestRead, at, buf).await;
+        self.answer(st, result).await
+    }
+
+    /// Passes a result on; an image that was found to contradict itself is marked on the way.
+    async fn answer<T>(&self, st: &dyn Storage, result: Result<T>) -> Result<T> {
+        if let (Err(error), Layer::Qcow2(image), false) =
+            (&result, self.chain.top(), self.read_only)
+        {
+            image.mark_corrupt(st, error).await;
+        }
+        result
     }
 
     /// Writes `buf` at `at`. Durable after the next flush.
@@ -165,7 +176,7 @@ impl Image {
         let result = self.write_parts(st, at, &buf, compress, &mut batch).await;
         let written = batch.finish().await;
         image.mark_dirty(image.data_file());
-        result.and(written)
+        self.answer(st, result.and(written)).await
     }
 
     /// Starts in-place writes into `batch`; allocating ones are complete when this returns.
@@ -263,7 +274,7 @@ impl Image {
         }
         match self.chain.top() {
             Layer::Raw(raw) => raw.flush(st).await,
-            Layer::Qcow2(image) => image.flush(st).await,
+            Layer::Qcow2(image) => self.answer(st, image.flush(st).await).await,
         }
     }
 
@@ -275,7 +286,7 @@ impl Image {
         match self.chain.top() {
             _ if self.read_only => Ok(()),
             Layer::Raw(raw) => raw.flush(st).await,
-            Layer::Qcow2(image) => image.close(st).await,
+            Layer::Qcow2(image) => self.answer(st, image.close(st).await).await,
         }
     }
 }

@@ -9,10 +9,14 @@
 //! `resize` change images that nothing else uses, through what they share in `offline`;
 //! `bitmap` keeps dirty bitmaps true.
 //!
+//! [`check`] looks for contradictions in an image that nobody uses and repairs them, `mark` changes
+//! the header's feature bits in place.
+//!
 //! A method without a [`Storage`](crate::storage::Storage) argument cannot do I/O and cannot wait.
 
 mod alloc;
 mod bitmap;
+pub mod check;
 mod claims;
 mod compress;
 mod compress_write;
@@ -27,6 +31,7 @@ pub mod header;
 mod inflated;
 mod limbo;
 mod map;
+mod mark;
 mod offline;
 pub mod open;
 mod refcount;
@@ -50,19 +55,20 @@ pub use resize::NewSize;
 pub use write::WritePlan;
 
 use crate::bytes::{HostOffset, round_up};
-use crate::error::{Error, Result};
+use crate::error::{CorruptKind, Error, Kind, Result};
 use crate::qcow2::alloc::Allocator;
 use crate::qcow2::bitmap::Bitmaps;
 use crate::qcow2::claims::Claims;
 use crate::qcow2::compress_write::Packer;
 use crate::qcow2::flush::FlushGate;
+use crate::qcow2::format::INCOMPATIBLE_CORRUPT;
 use crate::qcow2::geometry::Geometry;
 use crate::qcow2::header::{Compression, Header};
 use crate::qcow2::limbo::Limbo;
 use crate::qcow2::refcount::Refcounts;
 use crate::qcow2::regions::Regions;
 use crate::qcow2::table::TableCache;
-use crate::storage::FileId;
+use crate::storage::{FileId, Storage};
 use crate::sync::{Arc, AtomicBool, AtomicU64, Mutex, OnceLock, Ordering};
 
 /// How much memory an image's tables may take.
@@ -122,6 +128,8 @@ pub struct Qcow2 {
     bitmaps_stay: AtomicBool,
     starting: Claims,
     poison: OnceLock<Box<str>>,
+    /// The image was found to contradict itself, and this was dealt with.
+    marked: AtomicBool,
 }
 
 impl fmt::Debug for Qcow2 {
@@ -198,9 +206,39 @@ impl Qcow2 {
         }
     }
 
+    /// Stops every writer of an image that contradicts itself, this one and those to come: sets
+    /// the header's corrupt bit, once, and refuses writes from here on. What `error` says was found
+    /// in this image, which is open for writing. Other kinds of errors, and compressed data that
+    /// does not inflate, do not count: the tables are not in question then.
+    pub(crate) async fn mark_corrupt(&self, st: &dyn Storage, error: &Error) {
+        let kind = error.kind();
+        let tables = !matches!(kind, Kind::Corrupt(CorruptKind::Compressed { .. }));
+        if !matches!(kind, Kind::Corrupt(_)) || !tables || error.is_below() {
+            return;
+        }
+        if self.marked.swap(true, Ordering::AcqRel) {
+            return;
+        }
+        let _ = self.poison.set(error.to_string().into());
+        // Whoever sets the dirty bit writes the same bytes.
+        let _claim = self.starting.claim(0..1).await;
+        let mark = match self.header.version {
+            2 => "version 2 has no mark for it".to_owned(),
+            _ => match mark::change(st, self.file, INCOMPATIBLE_CORRUPT, 0).await {
+                Ok(()) => "it is marked corrupt".to_owned(),
+                Err(error) => format!("it could not be marked corrupt ({error})"),
+            },
+        };
+        tracing::error!(
+            "{error}; the image takes no more writes, {mark}: repair it with qemu-img check -r all"
+        );
+    }
+
     /// Remembers the first failure that makes what is durable unknown.
     fn poison(&self, error: &Error) {
-        if self.poison.set(error.to_string().into()).is_ok() {
+        let first = self.poison.set(error.to_string().into()).is_ok();
+        // A contradiction is told by whoever marks the image.
+        if first && !matches!(error.kind(), Kind::Corrupt(_)) {
             let what = "the image takes no more writes; restart after fixing the cause";
             tracing::error!(%error, "{what}");
         }
@@ -213,7 +251,8 @@ impl Qcow2 {
         }
         self.regions.check(at, len).map_err(|kind| {
             let error = Error::corrupt("writing guest data", kind);
-            self.poison(&error);
+            // Whoever answers the guest marks the image, and says so in the log.
+            let _ = self.poison.set(error.to_string().into());
             error
         })
     }

@@ -1,11 +1,13 @@
 //! From a file to a [`Qcow2`]: read the header, check it, load the L1 and refcount tables.
 
 use std::collections::BTreeSet;
+use std::time::Instant;
 
 use crate::bytes::{HostOffset, be64, round_up};
 use crate::error::{CorruptKind, Error, Result};
 use crate::qcow2::alloc::Allocator;
 use crate::qcow2::bitmap::Bitmaps;
+use crate::qcow2::check::{self, Repair};
 use crate::qcow2::claims::Claims;
 use crate::qcow2::compress_write::Packer;
 use crate::qcow2::epoch::Epochs;
@@ -134,6 +136,7 @@ impl Qcow2 {
             bitmaps_stay: AtomicBool::new(false),
             starting: Claims::default(),
             poison: OnceLock::new(),
+            marked: AtomicBool::new(false),
             header,
         };
         if !parts.read_only {
@@ -214,6 +217,49 @@ impl Qcow2 {
         }
         Ok(())
     }
+}
+
+/// Repairs an image that was not closed and is about to be written to: its refcounts may be behind.
+/// Returns the file and its header as they are then; an image that is not marked dirty, or that is
+/// marked corrupt, is left alone.
+///
+/// # Errors
+/// When the repair cannot be written, or leaves something behind.
+pub async fn repair_dirty(
+    st: &dyn Storage,
+    name: &str,
+    file: Opened,
+    header: Header,
+) -> Result<(Opened, Header)> {
+    let marks = header.incompatible & (INCOMPATIBLE_DIRTY | INCOMPATIBLE_CORRUPT);
+    if marks != INCOMPATIBLE_DIRTY {
+        return Ok((file, header));
+    }
+    tracing::info!("{name} was not closed, its refcounts are repaired first");
+    let began = Instant::now();
+    let report = check::check(st, name, file.id, Repair::All).await?;
+    let (milliseconds, left) = (began.elapsed().as_millis(), report.corruptions);
+    tracing::warn!(
+        "{name} was not closed: repaired {} corruptions and {} leaks in {milliseconds} ms, gave up \
+         {} clusters and tables, {left} corruptions and {} leaks are left",
+        report.corruptions_fixed,
+        report.leaks_fixed,
+        report.losses,
+        report.leaks,
+    );
+    if !report.is_consistent() {
+        let finding = report.findings.last().map_or("", String::as_str);
+        let why = format!(
+            "the image was not closed, and a repair leaves {left} corruptions and {} things that \
+             cannot be read ({finding}); copy it to a new image with qemu-img convert, or pass \
+             --read-only",
+            report.check_errors
+        );
+        return Err(Error::refused(name, why));
+    }
+    let length = st.length(file.id).map_err(|error| Error::io(name, error))?;
+    let file = Opened { length, ..file };
+    Ok((file, read_header(st, name, file).await?))
 }
 
 fn refuse_marked(name: &str, header: &Header) -> Result<()> {

@@ -1,0 +1,162 @@
+//! New refcount structures, when the old ones cannot be repaired in place.
+//!
+//! They are written to clusters that nothing uses, behind everything else; the header's twelve
+//! bytes that name the table are written last. Until then the image is as it was, after that every
+//! refcount is right: the clusters of the old structures are free.
+
+use std::collections::BTreeMap;
+
+use crate::error::{CorruptKind, Error, Result};
+use crate::qcow2::check::blocks::{get, most, set};
+use crate::qcow2::check::references::References;
+use crate::qcow2::check::target::Target;
+use crate::qcow2::check::walk::{View, Walk};
+use crate::qcow2::header::{REFTABLE_AT, REFTABLE_LIMIT};
+use crate::storage::Purpose;
+
+/// Where the new structures go.
+struct Plan {
+    /// First cluster of the table.
+    table: u64,
+    /// Clusters of the table.
+    table_clusters: u64,
+    /// The cluster of each block, by its number.
+    blocks: BTreeMap<u64, u64>,
+    /// The first cluster behind everything.
+    end: u64,
+}
+
+/// Writes new refcount structures and switches to them.
+///
+/// # Errors
+/// When the host cannot write, or when the file has more clusters than a refcount table of legal
+/// size can count.
+pub(super) async fn rebuild(target: &Target<'_>, memory: usize) -> Result<()> {
+    let (mut used, mut last) = (BTreeMap::new(), 0);
+    let mut first = 0;
+    let bits = target.header.geometry.refblock_bits();
+    while first < u64::MAX {
+        let references = count(target, first, memory).await?;
+        for (cluster, seen) in references.leaves().flatten() {
+            if seen.references > 0 {
+                used.insert(cluster >> bits, 0);
+                last = cluster;
+            }
+            limit(target, used.len())?;
+        }
+        first = references.window().end;
+    }
+    let plan = plan(target, used, last)?;
+    first = 0;
+    let mut written = None;
+    while first < u64::MAX {
+        let references = count(target, first, memory).await?;
+        for (&index, &place) in &plan.blocks {
+            write_block(target, &references, &plan, (index, place), &mut written).await?;
+        }
+        first = references.window().end;
+    }
+    target.sync(Purpose::SyncData).await?;
+    switch(target, &plan).await
+}
+
+async fn count(target: &Target<'_>, first: u64, memory: usize) -> Result<References> {
+    let mut references = References::new(first, memory);
+    Walk::new(target, View::FOR_REBUILD, &mut references).count().await?;
+    Ok(references)
+}
+
+/// Refuses more blocks than a table may name.
+fn limit(target: &Target<'_>, blocks: usize) -> Result<()> {
+    let (entries, limit) = (blocks as u64, REFTABLE_LIMIT / 8);
+    if entries <= limit {
+        return Ok(());
+    }
+    let kind = CorruptKind::TableSize { table: "refcount table", entries, limit };
+    Err(Error::corrupt(target.name.as_str(), kind))
+}
+
+/// Finds places for the blocks that are `used` and for those that count the new structures.
+fn plan(target: &Target<'_>, used: BTreeMap<u64, u64>, last: u64) -> Result<Plan> {
+    let geometry = target.header.geometry;
+    let bits = geometry.refblock_bits();
+    // A block device has its length from the start: there the room is behind what is in use.
+    let grows = target.st.limits(target.file).grows;
+    let table = if grows { target.clusters().max(last + 1) } else { last + 1 };
+    let mut blocks = used;
+    let mut end = table;
+    let table_clusters = loop {
+        let highest = blocks.keys().next_back().copied().unwrap_or(0);
+        let table_clusters = ((highest + 1) * 8).div_ceil(geometry.cluster_size());
+        limit(target, usize::try_from(highest + 1).unwrap_or(usize::MAX))?;
+        let next = table + table_clusters + blocks.len() as u64;
+        if next == end {
+            break table_clusters;
+        }
+        end = next;
+        for index in table >> bits..=(end - 1) >> bits {
+            blocks.insert(index, 0);
+        }
+    };
+    if !grows && end > target.rules.length >> geometry.cluster_bits {
+        let why = "there is no room behind the last cluster for new refcount structures; copy the \
+                   image to a larger device";
+        return Err(Error::refused(target.name.as_str(), why));
+    }
+    for (place, slot) in (table + table_clusters..).zip(blocks.values_mut()) {
+        *slot = place;
+    }
+    Ok(Plan { table, table_clusters, blocks, end })
+}
+
+/// Writes the part of a block that counts clusters of the window; the rest of it is zero, or was
+/// written with the window before, which `written` tells.
+async fn write_block(
+    target: &Target<'_>,
+    references: &References,
+    plan: &Plan,
+    (index, place): (u64, u64),
+    written: &mut Option<u64>,
+) -> Result<()> {
+    let geometry = target.header.geometry;
+    let (bits, order) = (geometry.refblock_bits(), geometry.refcount_order);
+    let window = references.window();
+    let first = index << bits;
+    let clusters = first.max(window.start)..(first + (1 << bits)).min(window.end);
+    if clusters.is_empty() {
+        return Ok(());
+    }
+    let at = place << geometry.cluster_bits;
+    let mut block = if *written == Some(index) {
+        target.read(Purpose::RefblockLoad, at, geometry.cluster_size()).await?
+    } else {
+        vec![0; usize::try_from(geometry.cluster_size()).expect("at most 2 MiB")]
+    };
+    for cluster in clusters {
+        let own = u64::from((plan.table..plan.end).contains(&cluster));
+        let count = references.get(cluster).references + own;
+        let slot = usize::try_from(cluster - first).expect("inside a block");
+        set(&mut block, order, slot, count.min(most(order)));
+        debug_assert_eq!(get(&block, order, slot), count.min(most(order)));
+    }
+    *written = Some(index);
+    target.write(Purpose::RefblockInit, at, &block).await
+}
+
+/// Writes the table, and then its place in the header.
+async fn switch(target: &Target<'_>, plan: &Plan) -> Result<()> {
+    let bits = target.header.geometry.cluster_bits;
+    let len = usize::try_from(plan.table_clusters << bits).expect("bounded by the limit");
+    let mut table = vec![0; len];
+    for (index, place) in &plan.blocks {
+        let at = usize::try_from(index * 8).expect("bounded by the limit");
+        table[at..at + 8].copy_from_slice(&(place << bits).to_be_bytes());
+    }
+    let at = plan.table << bits;
+    target.write(Purpose::ReftableWrite, at, &table).await?;
+    target.sync(Purpose::SyncReftable).await?;
+    let clusters = u32::try_from(plan.table_clusters).expect("bounded by the limit");
+    let field = [at.to_be_bytes().as_slice(), &clusters.to_be_bytes()].concat();
+    target.write(Purpose::HeaderWrite, REFTABLE_AT.0, &field).await?;
+    target.sync(Purpose::SyncHeader).await
+}
