@@ -28,7 +28,7 @@ fn sparse(dir: &Dir, entries: u64, apart: u64) {
     let first = (tables / CLUSTER + entries.div_ceil(64)) * CLUSTER;
     let place = |number: u64| first + number * apart * CLUSTER;
     let words = |words: Vec<u64>| words.into_iter().flat_map(u64::to_be_bytes).collect::<Vec<_>>();
-    let roots = (0..entries.div_ceil(64)).map(|table| tables + table * CLUSTER | 1 << 63);
+    let roots = (0..entries.div_ceil(64)).map(|table| (tables + table * CLUSTER) | (1 << 63));
     file.write_all_at(&words(roots.collect()), l1).expect("writing");
     let leaves = (0..entries).map(|number| place(number) | 1 << 63);
     file.write_all_at(&words(leaves.collect()), tables).expect("writing");

@@ -199,7 +199,7 @@ mod tests {
     fn counts_of_every_width_keep_to_their_place() {
         let mut random = fastrand::Rng::with_seed(3);
         for order in 0..=6 {
-            let entries = 512 * 8 >> order;
+            let entries = (512 * 8) >> order;
             let mut block = vec![0; 512];
             let mut model = vec![0; entries];
             for _ in 0..2000 {
