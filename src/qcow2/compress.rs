@@ -21,11 +21,7 @@ const WINDOW_BITS: u8 = 12;
 
 thread_local! {
     static INFLATE: RefCell<Decompress> = RefCell::new(Decompress::new(false));
-    static DEFLATE: RefCell<Compress> = RefCell::new(Compress::new_with_window_bits(
-        flate2::Compression::default(),
-        false,
-        WINDOW_BITS,
-    ));
+    static DEFLATE: RefCell<Compress> = RefCell::new(deflater());
     static FROM_ZSTD: RefCell<DCtx<'static>> = RefCell::new(DCtx::create());
     static TO_ZSTD: RefCell<CCtx<'static>> = RefCell::new(CCtx::create());
 }
@@ -86,12 +82,21 @@ pub(crate) fn deflate(kind: Compression, cluster: &[u8]) -> Option<Vec<u8>> {
     Some(target)
 }
 
+fn deflater() -> Compress {
+    Compress::new_with_window_bits(flate2::Compression::default(), false, WINDOW_BITS)
+}
+
 fn deflate_zlib(cluster: &[u8], target: &mut [u8]) -> Option<usize> {
     DEFLATE.with_borrow_mut(|stream| {
         stream.reset();
-        let status = stream.compress(cluster, target, FlushCompress::Finish).ok()?;
-        let len = usize::try_from(stream.total_out()).ok()?;
-        (status == Status::StreamEnd).then_some(len)
+        let status = stream.compress(cluster, target, FlushCompress::Finish);
+        if !matches!(status, Ok(Status::StreamEnd)) {
+            // A reset of an encoder that holds bytes back loses the part of its buffer that lies
+            // before them; after some such resets it panics for want of room.
+            *stream = deflater();
+            return None;
+        }
+        usize::try_from(stream.total_out()).ok()
     })
 }
 
@@ -130,6 +135,19 @@ mod tests {
                 assert_eq!(deflate(kind, &noise(len)), None, "{kind:?}");
                 assert!(deflate(kind, &vec![0; len]).is_some(), "{kind:?}");
             }
+        }
+    }
+
+    #[test]
+    fn an_encoder_that_ran_out_of_room_often_still_works() {
+        let mut half = noise(1 << 15);
+        half.resize(1 << 16, 0);
+        for kind in KINDS {
+            for len in [4096, 1 << 14, 1 << 16].repeat(60) {
+                assert_eq!(deflate(kind, &noise(len)), None, "{kind:?}");
+            }
+            let bytes = deflate(kind, &half).expect("half of it is zeros");
+            assert!(inflate(kind, PLACE, &bytes, 1 << 16).expect("inflates") == half);
         }
     }
 
