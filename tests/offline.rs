@@ -15,3 +15,5 @@ mod ordering;
 mod qemu;
 #[path = "offline/refusals.rs"]
 mod refusals;
+#[path = "offline/state.rs"]
+mod state;

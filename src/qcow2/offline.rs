@@ -5,6 +5,7 @@ use crate::bytes::HostOffset;
 use crate::error::{Error, Result};
 use crate::qcow2::Qcow2;
 use crate::qcow2::format::AUTOCLEAR_BITMAPS;
+use crate::qcow2::open::table_regions;
 use crate::qcow2::refcount::Run;
 use crate::storage::{Buf, FileId, Op, Purpose, Storage};
 use crate::sync::{AtomicU64, Ordering, lock};
@@ -22,6 +23,18 @@ pub(super) enum Bytes {
 }
 
 impl Qcow2 {
+    /// Makes everything durable, and looks anew where metadata is: a table that only snapshots use
+    /// any more is guarded as long as requests may look at it.
+    pub(super) async fn settle(&mut self, st: &dyn Storage) -> Result<()> {
+        self.close(st).await?;
+        (self.header.reftable_at, self.header.reftable_clusters) = self.refcounts.place();
+        let end = self.allocator.frontier() << self.geometry.cluster_bits;
+        let corrupt = |kind| Error::corrupt("looking for metadata", kind);
+        self.regions = table_regions(&self.header, end).map_err(corrupt)?;
+        self.guard_snapshots(st, end).await?;
+        self.guard_tables(end).map_err(corrupt)
+    }
+
     /// Makes everything durable and clears the autoclear bits that the operation would make stale.
     pub(super) async fn begin_offline(&mut self, st: &dyn Storage, bytes: Bytes) -> Result<()> {
         self.check_poison()?;

@@ -169,7 +169,7 @@ impl Qcow2 {
     }
 
     /// Guards the snapshot table and the snapshots' L1 tables against guest data.
-    async fn guard_snapshots(&self, st: &dyn Storage, end: u64) -> Result<()> {
+    pub(super) async fn guard_snapshots(&self, st: &dyn Storage, end: u64) -> Result<()> {
         if self.header.snapshots == 0 {
             return Ok(());
         }
@@ -194,7 +194,7 @@ impl Qcow2 {
     /// Guards refcount blocks and L2 tables against guest data, and refuses an image in which one
     /// of them lies over other metadata, or outside the file: the file would grow up to it, and the
     /// guest's own bytes would be the table.
-    fn guard_tables(&self, end: u64) -> Result<(), CorruptKind> {
+    pub(super) fn guard_tables(&self, end: u64) -> Result<(), CorruptKind> {
         let cluster = self.geometry.cluster_size();
         let l1 = self.l1.iter().map(|entry| entry.load(crate::sync::Ordering::Relaxed));
         let l2 = l1.map(|entry| ("L2 table", HostOffset(entry & OFFSET_MASK)));
@@ -276,7 +276,7 @@ fn refuse_marked(name: &str, header: &Header) -> Result<()> {
 }
 
 /// The places of the header, the L1 table and the refcount table.
-fn table_regions(header: &Header, end: u64) -> Result<Regions, CorruptKind> {
+pub(super) fn table_regions(header: &Header, end: u64) -> Result<Regions, CorruptKind> {
     let cluster = header.geometry.cluster_size();
     let regions = Regions::new(header.geometry.cluster_bits);
     regions.add(HostOffset(0), cluster);

@@ -400,6 +400,12 @@ impl Refcounts {
         self.cache.freeze().into_iter().map(place).collect()
     }
 
+    /// Where the table is in the file, and its clusters.
+    pub(super) fn place(&self) -> (HostOffset, u64) {
+        let table = lock(&self.table);
+        (table.at, (table.capacity as u64 * 8).div_ceil(self.geometry.cluster_size()))
+    }
+
     /// The places of all refcount blocks.
     pub(super) fn blocks(&self) -> Vec<HostOffset> {
         let table = lock(&self.table);

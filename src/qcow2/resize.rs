@@ -48,7 +48,7 @@ impl Qcow2 {
         if new.size == self.header.size {
             return Ok(());
         }
-        self.close(st).await?;
+        self.settle(st).await?;
         let l1 = self.l1_words();
         let from = self.geometry.l1_index(self.first_beyond(new.size.min(old)));
         self.check_tree(st, &l1, from, Change::Lower).await?;

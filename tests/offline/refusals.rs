@@ -149,3 +149,24 @@ fn an_external_data_file_grows_and_shrinks_with_its_image() {
         }
     }
 }
+
+#[test]
+fn a_snapshot_that_leads_to_metadata_is_not_deleted() {
+    let mut made = Layout::new(9, 300, Kind::Snapshots).make(1);
+    let bytes = made.image();
+    let word = |bytes: &[u8], at: usize| {
+        let word = bytes[at..at + 8].try_into().expect("eight bytes");
+        usize::try_from(u64::from_be_bytes(word) & 0x00ff_ffff_ffff_fe00).expect("a small file")
+    };
+    let (entry, blocks) = (word(bytes, 64), word(bytes, 48));
+    let table = word(bytes, word(bytes, entry));
+    assert!(table != 0 && table != word(bytes, word(bytes, 40)), "a table of the snapshot alone");
+    for target in [0x200_u64, blocks as u64] {
+        let mut made = made.clone();
+        let entry = (target / 512 * 512).to_be_bytes();
+        made.image()[table..table + 8].copy_from_slice(&entry);
+        let disk = made.disk();
+        refused(&disk, &Act::Delete("one".to_owned()), "metadata");
+        refused(&disk, &Act::Apply("one".to_owned()), "metadata");
+    }
+}

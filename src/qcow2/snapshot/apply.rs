@@ -36,7 +36,7 @@ impl Qcow2 {
         let mut new = self.snapshot_l1(st, &snapshots[place]).await?;
         // Behind the disk's end lies the state of the virtual machine.
         new.resize(entries, 0);
-        self.close(st).await?;
+        self.settle(st).await?;
         let old = self.l1_words();
         self.check_tree(st, &new, 0, Change::Raise).await?;
         self.check_tree(st, &old, 0, Change::Lower).await?;

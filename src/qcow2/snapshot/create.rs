@@ -44,7 +44,7 @@ impl Qcow2 {
         self.refuse_data_file()?;
         let (mut snapshots, old_len) = self.snapshots(st).await?;
         refuse_name(&snapshots, &new.name)?;
-        self.close(st).await?;
+        self.settle(st).await?;
         let l1 = self.l1_words();
         self.check_tree(st, &l1, 0, Change::Raise).await?;
         self.begin_offline(st, Bytes::Kept).await?;

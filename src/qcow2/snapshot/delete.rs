@@ -19,7 +19,7 @@ impl Qcow2 {
         let (_, old_len) = self.snapshots(st).await?;
         let gone = snapshots.remove(place);
         let l1 = self.snapshot_l1(st, &gone).await?;
-        self.close(st).await?;
+        self.settle(st).await?;
         self.check_tree(st, &l1, 0, Change::Lower).await?;
         self.begin_offline(st, Bytes::Kept).await?;
         let table = self.write_snapshots(st, &snapshots).await?;
