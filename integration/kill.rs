@@ -98,6 +98,11 @@ fn direct_io_with_threads() {
 }
 
 #[test]
+fn subclusters() {
+    kill_plain("kill-subclusters", 64 * MIB, "extended_l2=on", 64 << 10, &[]);
+}
+
+#[test]
 fn write_through() {
     kill_plain("kill-through", 32 * MIB, "", 64 << 10, &["--cache", "writethrough"]);
 }

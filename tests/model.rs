@@ -163,7 +163,8 @@ layouts! {
     extended_preallocated: 4, Layout::new(14, 6000, Kind::Preallocated("metadata")).extended();
     lazy: 4, Layout::new(12, 6000, Kind::Plain).lazy();
     lazy_snapshots: 4, Layout::new(9, 6000, Kind::Snapshots).lazy();
-    lazy_growing_refcount_table: 2, Layout::new(9, 12_000, Kind::Empty).with_refcount_bits(64).lazy();
+    lazy_growing_refcount_table: 2,
+        Layout::new(9, 12_000, Kind::Empty).with_refcount_bits(64).lazy();
     preallocated_metadata: 4, Layout::new(12, 6000, Kind::Preallocated("metadata"));
     preallocated_with_falloc: 4, Layout::new(16, 6000, Kind::Preallocated("falloc"));
     preallocated_with_full: 4, Layout::new(16, 6000, Kind::Preallocated("full"));

@@ -242,9 +242,16 @@ impl Qcow2 {
     /// # Errors
     /// As [`Qcow2::flush`].
     pub async fn close(&self, st: &dyn Storage) -> Result<()> {
-        if !self.writing.load(Ordering::Acquire) {
-            return Ok(());
+        if self.writing.load(Ordering::Acquire) {
+            self.write_everything(st).await?;
+            // Whoever writes after all has to say so again.
+            self.writing.store(false, Ordering::Release);
         }
+        Ok(())
+    }
+
+    /// As [`Qcow2::close`], and more writes are to come.
+    pub(super) async fn write_everything(&self, st: &dyn Storage) -> Result<()> {
         self.store_bitmaps(st).await?;
         if let Some(run) = self.allocator.drain_reserved() {
             self.limbo.never_linked(run, self.epochs.now());
@@ -258,10 +265,7 @@ impl Qcow2 {
                 break;
             }
         }
-        self.write_features(st, 0).await?;
-        // Whoever writes after all has to say so again.
-        self.writing.store(false, Ordering::Release);
-        Ok(())
+        self.write_features(st, 0).await
     }
 
     fn is_any_dirty(&self) -> bool {

@@ -26,7 +26,7 @@ impl Qcow2 {
     /// Makes everything durable, and looks anew where metadata is: a table that only snapshots use
     /// any more is guarded as long as requests may look at it.
     pub(super) async fn settle(&mut self, st: &dyn Storage) -> Result<()> {
-        self.close(st).await?;
+        self.write_everything(st).await?;
         (self.header.reftable_at, self.header.reftable_clusters) = self.refcounts.place();
         let end = self.allocator.frontier() << self.geometry.cluster_bits;
         let corrupt = |kind| Error::corrupt("looking for metadata", kind);
@@ -43,9 +43,7 @@ impl Qcow2 {
         self.lazy.store(false, Ordering::Release);
         self.write_features(st, 0).await?;
         self.writing.store(true, Ordering::Release);
-        self.close(st).await?;
-        self.writing.store(true, Ordering::Release);
-        Ok(())
+        self.write_everything(st).await
     }
 
     /// Makes everything durable and leaves no leak. A write that comes later looks at the autoclear

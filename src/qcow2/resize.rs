@@ -199,7 +199,7 @@ impl Qcow2 {
             runs.into_iter().for_each(|run| self.limbo.unlinked(run, epoch));
             self.relieve(st).await?;
         }
-        self.close(st).await?;
+        self.write_everything(st).await?;
         // Slices of dropped tables may be cached, and must not be taken for those of later ones.
         self.l2 = self.l2.emptied();
         Ok(())

@@ -47,7 +47,7 @@ impl Qcow2 {
         self.flush(st).await?;
         self.switch_disk(st, size, at, new).await?;
         self.release(st, &old).await?;
-        self.close(st).await?;
+        self.write_everything(st).await?;
         self.refresh_flags(st).await?;
         self.end_offline(st).await
     }

@@ -29,7 +29,7 @@ impl Qcow2 {
         self.forget_table(gone.l1_at, gone.l1_entries * 8);
         // COPIED is set again only where the lowered refcount is known; the flush that writes the
         // flags writes refcounts first.
-        self.close(st).await?;
+        self.write_everything(st).await?;
         self.refresh_flags(st).await?;
         self.end_offline(st).await
     }
