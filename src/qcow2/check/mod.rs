@@ -16,11 +16,11 @@
 //! # Memory and time
 //!
 //! At most [`MEMORY`] bytes and a few clusters are taken for counts, whatever the image says; two
-//! bytes for each cluster of a densely used file, so that 8 TiB with clusters of 64 KiB are counted
-//! in one walk. Beside that there are the refcount table (at most 8 MiB), the list of snapshots, and
-//! pieces of tables of a few MiB. Beyond that the file is done in windows, one walk over the tables for each. There
-//! is no bound on the number of clusters. Each L2 table is read once in a walk, however many L1
-//! entries lead to it, and in the order of the file.
+//! bytes for each cluster of a densely used file, so that 8 TiB with clusters of 64 KiB are
+//! counted in one walk. Beside that there are the refcount table (at most 8 MiB), the list of
+//! snapshots, and pieces of tables of a few MiB. Beyond that the file is done in windows, one walk
+//! over the tables for each. There is no bound on the number of clusters. Each L2 table is read
+//! once in a walk, however many L1 entries lead to it, and in the order of the file.
 //!
 //! # The order of a repair
 //!
