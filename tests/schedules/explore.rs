@@ -4,7 +4,7 @@ use shuttle::scheduler::{DfsScheduler, PctScheduler, RandomScheduler};
 use shuttle::{Config, MaxSteps, Runner};
 
 /// Schedules for each scheduler in an ordinary run: a second or so for each scenario.
-const SCHEDULES: usize = 1500;
+const SCHEDULES: usize = 5000;
 /// How many of a schedule's switches the second scheduler chooses on purpose; most faults need two
 /// or three.
 const DEPTH: usize = 3;

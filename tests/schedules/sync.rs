@@ -1,6 +1,6 @@
 //! What the daemon's `sync` has, with the checker's types.
 
-pub use shuttle::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
+pub use shuttle::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering, fence};
 pub use shuttle::sync::{Mutex, MutexGuard};
 // The checker has none. Who fills a cell first is not asked here, only what the atomics in it say.
 pub use std::sync::OnceLock;

@@ -20,6 +20,8 @@ scenarios! {
     claiming::claims_are_granted_in_the_order_of_arrival;
     claiming::a_claim_given_up_lets_the_next_through;
     caching::a_look_at_a_slice_never_shows_another;
+    caching::a_look_at_a_slice_shows_all_of_a_change_or_none;
+    caching::a_look_between_changes_and_flushes_is_sound;
     caching::no_change_is_lost_between_cache_and_file;
     caching::one_load_serves_all_who_wait;
     freeing::a_cluster_is_freed_when_nobody_can_look_at_it;
