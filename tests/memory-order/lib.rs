@@ -10,4 +10,4 @@
 pub mod qcow2;
 pub mod sync;
 
-pub use vhost_user_qcow2::{error, storage};
+pub use vhost_user_qcow2::{error, exec, storage};
