@@ -1,4 +1,4 @@
-//! Every scenario in every execution that the memory orders allow, with a bounded number of switches.
+//! Every scenario in every execution that the memory orders allow, with few enough switches.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
