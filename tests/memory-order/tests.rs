@@ -8,7 +8,7 @@ use memory_order::qcow2::looking;
 
 /// Switches away from a thread that could go on; what takes more of them is not found.
 /// `PREEMPTIONS` sets another bound.
-const PREEMPTIONS: usize = 2;
+const PREEMPTIONS: usize = 3;
 
 fn explore(name: &str, scenario: fn()) {
     let text = std::env::var("PREEMPTIONS").ok();
