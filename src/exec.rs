@@ -7,9 +7,10 @@
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::task::{Context, Poll, Wake, Waker};
 use std::thread::{self, Thread};
+
+use crate::sync::{AtomicBool, AtomicU64, Ordering};
 
 /// Which slots want to be polled, and whether their owner sleeps.
 pub struct Ready {

@@ -190,8 +190,11 @@ fn modules_import_only_from_below() {
                 }
             }
         }
-        if module == "exec" && words(&source.code, "crate").next().is_some() {
-            complaints.push(format!("{}: exec uses std only", source.path));
+        // Tasks know nothing of disks: beside std they use the atomics, which are the crate's so
+        // that a model checker can replace them.
+        let of_crate = |at: usize| !source.code[at..].starts_with("crate::sync::");
+        if module == "exec" && words(&source.code, "crate").any(of_crate) {
+            complaints.push(format!("{}: exec uses std and crate::sync only", source.path));
         }
     }
     complain(&complaints);

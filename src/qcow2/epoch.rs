@@ -23,15 +23,20 @@ pub(crate) struct Stay<'a>(&'a AtomicU64);
 
 impl Epochs {
     pub(crate) fn new() -> Self {
+        Self::of_lanes(LANES)
+    }
+
+    /// The first epoch, with so many lanes.
+    pub(crate) fn of_lanes(lanes: usize) -> Self {
         Self {
             now: CacheLine(AtomicU64::new(0)),
-            lanes: (0..LANES).map(|_| CacheLine::default()).collect(),
+            lanes: (0..lanes).map(|_| CacheLine::default()).collect(),
         }
     }
 
     /// Begins a request of a worker.
     pub(crate) fn enter(&self, lane: Lane) -> Stay<'_> {
-        let counters = &self.lanes[lane.0 % LANES].0;
+        let counters = &self.lanes[lane.0 % self.lanes.len()].0;
         loop {
             let epoch = self.now.0.load(Ordering::SeqCst);
             let counter = &counters[usize::from(epoch % 2 == 1)];

@@ -4,86 +4,17 @@
 //! next one, which one of those who wait runs for all of them. It first copies what is to become
 //! durable, all at one moment; then writes in stages with a sync between them, skipping the clean.
 
-use std::future::Future;
-use std::pin::Pin;
-use std::task::{Context, Poll, Waker};
-
 use crate::bytes::{HostOffset, round_down};
 use crate::error::{Error, Result};
 use crate::qcow2::Qcow2;
+use crate::qcow2::flush_gate::Role;
 use crate::qcow2::header::REFTABLE_AT;
 use crate::qcow2::refcount::{ReftableWork, Run};
 use crate::storage::{Buf, FileId, Op, Pending, Purpose, Storage};
-use crate::sync::{AtomicBool, Mutex, Ordering, lock};
+use crate::sync::{AtomicBool, Ordering, lock};
 
 /// Bytes of the L1 table that are written together.
 const L1_SECTOR: u64 = 512;
-
-#[derive(Debug, Default)]
-struct Gate {
-    running: bool,
-    started: u64,
-    finished: u64,
-    waiters: Vec<Waker>,
-}
-
-/// Who runs a flush and who waits for it.
-#[derive(Debug, Default)]
-pub(super) struct FlushGate(Mutex<Gate>);
-
-/// What a caller of flush has to do.
-enum Role<'a> {
-    Lead(Lead<'a>),
-    Done,
-}
-
-/// The right to run a flush; its end, also by drop, lets the next one begin.
-struct Lead<'a>(&'a FlushGate);
-
-impl FlushGate {
-    /// The number of the first flush that begins after now.
-    fn ticket(&self) -> u64 {
-        lock(&self.0).started + 1
-    }
-
-    async fn role(&self, ticket: u64) -> Role<'_> {
-        Turn { gate: self, ticket }.await
-    }
-}
-
-struct Turn<'a> {
-    gate: &'a FlushGate,
-    ticket: u64,
-}
-
-impl<'a> Future for Turn<'a> {
-    type Output = Role<'a>;
-
-    fn poll(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Role<'a>> {
-        let mut gate = lock(&self.gate.0);
-        if gate.finished >= self.ticket {
-            return Poll::Ready(Role::Done);
-        }
-        if gate.running {
-            gate.waiters.push(context.waker().clone());
-            return Poll::Pending;
-        }
-        gate.running = true;
-        gate.started += 1;
-        Poll::Ready(Role::Lead(Lead(self.gate)))
-    }
-}
-
-impl Drop for Lead<'_> {
-    fn drop(&mut self) {
-        let mut gate = lock(&self.0.0);
-        gate.running = false;
-        gate.finished = gate.started;
-        let waiters = std::mem::take(&mut gate.waiters);
-        drop(gate);
-        waiters.into_iter().for_each(Waker::wake);
-    }
-}
 
 /// Bytes for one place.
 type Piece = (HostOffset, Vec<u8>);
@@ -111,7 +42,7 @@ impl Qcow2 {
             self.poison(&error);
             return Err(error);
         }
-        drop(lead);
+        lead.finish();
         // Whoever waited goes on; what the flush has freed is this caller's to tidy up.
         if let Err(error) = self.reclaim(st).await {
             self.poison(&error);

@@ -11,7 +11,7 @@ use crate::qcow2::check::{self, Repair};
 use crate::qcow2::claims::Claims;
 use crate::qcow2::compress_write::Packer;
 use crate::qcow2::epoch::Epochs;
-use crate::qcow2::flush::FlushGate;
+use crate::qcow2::flush_gate::FlushGate;
 use crate::qcow2::format::{INCOMPATIBLE_CORRUPT, INCOMPATIBLE_DIRTY, OFFSET_MASK};
 use crate::qcow2::header::{self, Header};
 use crate::qcow2::limbo::Limbo;

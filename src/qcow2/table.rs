@@ -18,9 +18,10 @@ use std::task::{Context, Poll, Waker};
 
 use crate::error::Result;
 use crate::storage::Buf;
-use crate::sync::{AtomicBool, AtomicU32, AtomicU64, Mutex, OnceLock, Ordering, fence, lock};
+use crate::sync::{
+    AtomicBool, AtomicU32, AtomicU64, FAN_OUT_BITS, Mutex, OnceLock, Ordering, fence, lock,
+};
 
-const FAN_OUT_BITS: u32 = 12;
 const FAN_OUT: usize = 1 << FAN_OUT_BITS;
 /// Slices that are always allowed, however small the budget.
 const LEAST: usize = 64;
@@ -128,7 +129,11 @@ impl TableCache {
     pub(super) fn new(slice_size: u64, budget: u64) -> Self {
         let words = usize::try_from(slice_size / 8).expect("a slice is small");
         let budget = usize::try_from(budget / slice_size).unwrap_or(usize::MAX).max(LEAST);
-        let budget = budget.min(1 << 22);
+        Self::of_slots(words, budget.min(1 << 22))
+    }
+
+    /// A cache that keeps about `budget` slices of so many words.
+    pub(super) fn of_slots(words: usize, budget: usize) -> Self {
         let state =
             State { owners: Vec::new(), hand: 0, dirty: 0, generation: 0, loading: HashMap::new() };
         Self {
@@ -255,7 +260,9 @@ impl TableCache {
 
     fn start_load(&self, slice: Slice) -> Option<LoadTicket<'_>> {
         let mut state = lock(&self.state);
-        if state.loading.contains_key(&slice) {
+        // Another task's load may have ended since the look. To read again would be to read bytes
+        // that a flush is about to replace, and to install them when the newer ones are gone.
+        if state.loading.contains_key(&slice) || self.is_cached(slice) {
             return None;
         }
         state.loading.insert(slice, Vec::new());
@@ -395,6 +402,15 @@ mod tests {
         assert!(ready(cache.load(10, fails)).is_err());
         load(&cache, 10, 4);
         assert_eq!(first(&cache, 10), Some(u64::from_ne_bytes([4; 8])));
+    }
+
+    #[test]
+    fn a_slice_that_was_loaded_meanwhile_is_not_read_again() {
+        let cache = TableCache::new(512, 0);
+        load(&cache, 9, 3);
+        assert!(cache.start_load(9).is_none(), "the look came before the load, this after it");
+        let mut waits = std::pin::pin!(Loaded { cache: &cache, slice: 9 });
+        assert!(waits.as_mut().poll(&mut Context::from_waker(Waker::noop())).is_ready());
     }
 
     #[test]

@@ -11,11 +11,13 @@ pub fn number(name: &str) -> Option<u64> {
     Some(text.parse().unwrap_or_else(|_| panic!("{name} must be a number, not {text:?}")))
 }
 
-/// The seeds of a test: the one in `SEED`, else the first `count`, times `SEED_FACTOR` if set.
+/// The seeds of a test: the one in `SEED`, else the first `SEEDS`, else the first `count`, times
+/// `SEED_FACTOR` if set.
 pub fn seeds(count: u64) -> Range<u64> {
-    match number("SEED") {
-        Some(seed) => seed..seed + 1,
-        None => 0..count.saturating_mul(number("SEED_FACTOR").unwrap_or(1)),
+    match (number("SEED"), number("SEEDS")) {
+        (Some(seed), _) => seed..seed + 1,
+        (None, Some(seeds)) => 0..seeds,
+        (None, None) => 0..count.saturating_mul(number("SEED_FACTOR").unwrap_or(1)),
     }
 }
 
