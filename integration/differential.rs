@@ -252,7 +252,8 @@ async fn read(st: &dyn Storage, image: &Image, at: u64, len: u64) -> Vec<u8> {
 
 /// Opens the image, does the steps, closes it.
 fn by_us(path: &Path, steps: &[Step], model: &mut Model) {
-    let files = Files::new(Options { direct: false, sync: false, lock: true });
+    let files =
+        Files::new(Options { direct: false, sync: false, lock: true, ..Options::default() });
     let engine = engine(Aio::Threads, &files, 0).expect("an engine");
     let st = engine.as_ref();
     let options = OpenOptions { format: Some(Format::Qcow2), ..OpenOptions::default() };
