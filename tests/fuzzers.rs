@@ -3,13 +3,26 @@
 
 use common::memory::Counting;
 use common::seeds::{Repeat, number, seeds};
+use harness::examples::Input;
 use harness::{chain, examples, image, messages};
 
 #[global_allocator]
 static ALLOCATOR: Counting = Counting;
 
-/// An input: one of the examples, changed as a fuzzer would.
-fn draw(examples: &[(String, Vec<u8>)], random: &mut fastrand::Rng) -> Vec<u8> {
+/// Runs all inputs that are kept, and then `count` that are made of them as a fuzzer would.
+fn run(test: &str, target: &str, count: u64, mut each: impl FnMut(&[u8])) {
+    let examples = examples::of(target);
+    for (name, input) in &examples {
+        println!("{target}: {name}");
+        each(input);
+    }
+    for seed in seeds(number("INPUTS").unwrap_or(count)) {
+        let _repeat = Repeat::new("fuzzers", test, seed);
+        each(&draw(&examples, &mut fastrand::Rng::with_seed(seed)));
+    }
+}
+
+fn draw(examples: &[Input], random: &mut fastrand::Rng) -> Vec<u8> {
     let (_, example) = &examples[random.usize(0..examples.len())];
     let mut input = example.clone();
     for _ in 0..random.usize(0..8) {
@@ -35,44 +48,41 @@ fn draw(examples: &[(String, Vec<u8>)], random: &mut fastrand::Rng) -> Vec<u8> {
 
 #[test]
 fn images() {
-    let examples = examples::images();
-    let (mut opened, mut succeeded) = (0, 0);
-    let count = number("INPUTS").unwrap_or(1000);
-    for seed in seeds(count) {
-        let _repeat = Repeat::new("fuzzers", "images", seed);
-        let outcome = image::run(&draw(&examples, &mut fastrand::Rng::with_seed(seed)));
-        opened += u64::from(outcome.opened > 0);
-        succeeded += u64::from(outcome.succeeded);
-    }
+    let (mut count, mut opened, mut succeeded) = (0, 0, 0);
+    run("images", "image", 800, |input| {
+        let outcome = image::run(input);
+        count += 1;
+        opened += u32::from(outcome.opened > 0);
+        succeeded += outcome.succeeded;
+    });
     println!("{opened} of {count} images were opened, {succeeded} requests were done");
+    assert!(opened > count / 2 && succeeded > count, "most inputs are refused");
 }
 
 #[test]
 fn chains() {
-    let examples = examples::chains();
-    let (mut used, mut succeeded) = (0, 0);
-    let count = number("INPUTS").unwrap_or(1000);
-    for seed in seeds(count) {
-        let _repeat = Repeat::new("fuzzers", "chains", seed);
-        let outcome = chain::run(&draw(&examples, &mut fastrand::Rng::with_seed(seed)));
-        used += u64::from(outcome.used);
+    let (mut count, mut used, mut succeeded) = (0, 0, 0);
+    run("chains", "chain", 800, |input| {
+        let outcome = chain::run(input);
+        count += 1;
+        used += outcome.used;
         succeeded += outcome.succeeded;
-    }
-    println!("{used} chains came back, {succeeded} requests were done");
+    });
+    println!("{count} inputs: {used} chains came back, {succeeded} requests were done");
+    assert!(used > count && succeeded > u64::from(count), "most inputs are refused");
 }
 
 #[test]
 fn messages() {
-    let examples = examples::messages();
     let mut service = messages::Service::start();
-    let (mut sent, mut answered, mut served) = (0, 0, 0);
-    let count = number("INPUTS").unwrap_or(500);
-    for seed in seeds(count) {
-        let _repeat = Repeat::new("fuzzers", "messages", seed);
-        let outcome = service.run(&draw(&examples, &mut fastrand::Rng::with_seed(seed)));
-        sent += u64::from(outcome.sent);
+    let (mut count, mut sent, mut answered, mut served) = (0, 0, 0, 0);
+    run("messages", "messages", 400, |input| {
+        let outcome = service.run(input);
+        count += 1;
+        sent += outcome.sent;
         answered += outcome.answered;
-        served += u64::from(outcome.served);
-    }
-    println!("{sent} messages had {answered} bytes of answers, {served} requests were done");
+        served += outcome.served;
+    });
+    println!("{count} inputs: {sent} messages, {answered} bytes of answers, {served} requests");
+    assert!(sent > 5 * count && served > count, "most inputs are refused");
 }

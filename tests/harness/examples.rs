@@ -1,10 +1,64 @@
-//! Inputs to start from, by name.
+//! Inputs to start from: some made by hand, and those that the fuzzers have found to reach more.
+
+use std::io::{Read, Write};
+
+use flate2::Compression;
+use flate2::read::GzDecoder;
+use flate2::write::GzEncoder;
 
 use crate::seeds;
 
+/// An input and its name.
+pub type Input = (String, Vec<u8>);
+
+/// The fuzzers by name.
+pub const TARGETS: [&str; 3] = ["image", "chain", "messages"];
+
+/// All inputs of one of [`TARGETS`].
+///
+/// # Panics
+/// When there is no such target.
+pub fn of(target: &str) -> Vec<Input> {
+    let (mut inputs, kept): (_, &[u8]) = match target {
+        "image" => (images(), include_bytes!("../../integration/fuzz/corpus/image.gz")),
+        "chain" => (chains(), include_bytes!("../../integration/fuzz/corpus/chain.gz")),
+        "messages" => (messages(), include_bytes!("../../integration/fuzz/corpus/messages.gz")),
+        _ => panic!("there is no target {target}"),
+    };
+    let named = |(number, input)| (format!("kept-{number}"), input);
+    inputs.extend(unpack(kept).into_iter().enumerate().map(named));
+    inputs
+}
+
+/// Many inputs as one file: each one's length in two bytes before it, all compressed.
+///
+/// # Panics
+/// When an input has 64 KiB or more.
+pub fn pack(inputs: &[Vec<u8>]) -> Vec<u8> {
+    let mut packed = GzEncoder::new(Vec::new(), Compression::best());
+    for input in inputs {
+        let len = u16::try_from(input.len()).expect("inputs are short");
+        packed.write_all(&len.to_be_bytes()).expect("memory takes everything");
+        packed.write_all(input).expect("memory takes everything");
+    }
+    packed.finish().expect("memory takes everything")
+}
+
+fn unpack(packed: &[u8]) -> Vec<Vec<u8>> {
+    let mut bytes = Vec::new();
+    GzDecoder::new(packed).read_to_end(&mut bytes).expect("a file that was packed");
+    let (mut rest, mut inputs) = (bytes.as_slice(), Vec::new());
+    while let Some((len, after)) = rest.split_first_chunk() {
+        let (input, after) = after.split_at(usize::from(u16::from_be_bytes(*len)));
+        inputs.push(input.to_vec());
+        rest = after;
+    }
+    inputs
+}
+
 /// Inputs for [`crate::image`]: every seed, unspoiled and spoiled a little, with some of all
 /// requests.
-pub fn images() -> Vec<(String, Vec<u8>)> {
+fn images() -> Vec<Input> {
     // One at a time and three at a time; kinds and places as the input has them.
     let steps = [
         0, 0x12, 0, 0, 0x32, 20, 0, 0x10, 0, 0, 0x25, 2, 0, 0x46, 64, 0, 7, 0, 0xff, 0xa0, 0x12,
@@ -23,7 +77,7 @@ pub fn images() -> Vec<(String, Vec<u8>)> {
 }
 
 /// Inputs for [`crate::chain`]: requests of each kind, whole and in pieces, and chains by hand.
-pub fn chains() -> Vec<(String, Vec<u8>)> {
+fn chains() -> Vec<Input> {
     // Data lies at 0x3000, across the border of two regions, and in memory far away.
     let requests = [
         7, 1, 0, 1, 2, 0, 0x20, // read 512 bytes
@@ -54,7 +108,7 @@ pub fn chains() -> Vec<(String, Vec<u8>)> {
 }
 
 /// Inputs for [`crate::messages`]: what front-ends say, and what they should not.
-pub fn messages() -> Vec<(String, Vec<u8>)> {
+fn messages() -> Vec<Input> {
     let attach: &[u8] = &[0, 0x10, 0x20, 0x21, 0x40, 0x41];
     let mut inputs = vec![("attach".to_owned(), attach.to_vec())];
     // Each request by its number, with a payload of its form and the usual descriptors, asking for
@@ -66,4 +120,25 @@ pub fn messages() -> Vec<(String, Vec<u8>)> {
     inputs.push(("memory".to_owned(), [attach, &[0x80, 37, 0, 0, 0x80, 1, 0x40]].concat()));
     inputs.push(("garbage".to_owned(), [attach, &[0x5f, 1, 2, 3, 4, 5, 6, 7, 8, 9]].concat()));
     inputs
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_packed_is_unpacked() {
+        let inputs = vec![vec![1, 2, 3], Vec::new(), vec![0; 70], vec![9]];
+        assert_eq!(unpack(&pack(&inputs)), inputs);
+        assert_eq!(unpack(&pack(&[])), Vec::<Vec<u8>>::new());
+    }
+
+    #[test]
+    fn every_target_has_inputs_under_names_of_their_own() {
+        for target in TARGETS {
+            let inputs = of(target);
+            let names: std::collections::BTreeSet<_> = inputs.iter().map(|one| &one.0).collect();
+            assert!(!inputs.is_empty() && names.len() == inputs.len(), "{target}");
+        }
+    }
 }
