@@ -21,7 +21,7 @@ use vhost_user_qcow2::storage::fault::{Fate, Faults, Rule};
 use vhost_user_qcow2::storage::mem::MemDisk;
 use vhost_user_qcow2::storage::{Buf, Engine};
 
-use crate::places::{Head, Place, places};
+use crate::places::{Head, Place, number, places};
 use crate::watch::{ROOM, SECRET, Watch};
 use crate::{Seed, seeds};
 
@@ -87,7 +87,8 @@ fn try_run(input: &mut Unstructured<'_>, outcome: &mut Outcome) -> Result<()> {
     }
     let options = OpenOptions { read_only: choices & 1 != 0, caches, ..OpenOptions::default() };
     let engine = Watch::new(&disk, IMAGE, engine, faults.clone());
-    Session { disk, engine, faults, options, written: 0 }.run(input, outcome)
+    let cut = (choices & 16 != 0).then_some(u64::from(choices));
+    Session { disk, engine, faults, options, written: 0 }.run(input, outcome, cut)
 }
 
 /// The simulated host: the image, and what it may refer to.
@@ -153,7 +154,7 @@ fn patch(bytes: &mut Vec<u8>, places: &[Place], input: &mut Unstructured<'_>) ->
     let index: u16 =
         if place.count > 256 { input.arbitrary()? } else { u16::from(input.arbitrary::<u8>()?) };
     let at = place.at + u64::from(index) % place.count * place.width;
-    let old = crate::places::number(bytes, at, place.width).unwrap_or_default();
+    let old = number(bytes, at, place.width).unwrap_or_default();
     let cluster = Head::read(bytes).map_or(512, |head| head.cluster);
     let value = match input.arbitrary::<u8>()? % 6 {
         // A reference to a cluster, with flags where entries have them.
@@ -222,7 +223,13 @@ struct Session {
 }
 
 impl Session {
-    fn run(&mut self, input: &mut Unstructured<'_>, outcome: &mut Outcome) -> Result<()> {
+    /// Uses the image as the input says, and closes it, or cuts the power with that seed.
+    fn run(
+        &mut self,
+        input: &mut Unstructured<'_>,
+        outcome: &mut Outcome,
+        cut: Option<u64>,
+    ) -> Result<()> {
         let Ok(mut image) = self.open() else { return Ok(()) };
         outcome.opened += 1;
         let before = self.content();
@@ -245,9 +252,31 @@ impl Session {
             }
             outcome.succeeded += self.carry(&image, &requests);
         }
-        self.close(image, &before, sound);
-        // What a power cut leaves can be opened too.
+        match cut {
+            None => self.close(image, &before, sound),
+            Some(seed) => {
+                drop(image);
+                self.cut_power(seed, sound);
+            }
+        }
         Ok(())
+    }
+
+    /// What a power cut leaves of a sound image is one too, although clusters may have leaked.
+    fn cut_power(&self, seed: u64, sound: bool) {
+        let disk = self.disk.crash(seed);
+        let (faults, options) = (Faults::new(), self.options.clone());
+        let engine = Watch::new(&disk, IMAGE, disk.engine(0, 0), faults.clone());
+        let after = Self { disk, engine, faults, options, written: 0 };
+        let (opened, bytes) = (after.open(), after.content());
+        // Refcounts of an image that is marked dirty may be behind.
+        let field = |at, width| number(&bytes, at, width).unwrap_or_default();
+        let dirty = field(4, 4) == 3 && field(72, 8) & 1 != 0;
+        if sound && !dirty {
+            let report = common::check::check(&bytes);
+            assert!(report.corruptions.is_empty(), "it was sound before the cut: {report:?}");
+            after.close(opened.expect("it was sound before the cut"), &bytes, true);
+        }
     }
 
     fn content(&self) -> Vec<u8> {
