@@ -8,8 +8,7 @@
 
 use std::fmt::Debug;
 use std::path::Path;
-use std::pin::pin;
-use std::task::{Context, Poll, Waker};
+use std::task::Poll;
 
 use arbitrary::{Result, Unstructured};
 use common::memory::peak;
@@ -22,7 +21,7 @@ use vhost_user_qcow2::storage::mem::MemDisk;
 use vhost_user_qcow2::storage::{Buf, Engine};
 
 use crate::places::{Head, Place, number, places};
-use crate::watch::{ROOM, SECRET, Watch};
+use crate::watch::{ROOM, SECRET, Watch, drive};
 use crate::{Seed, seeds};
 
 /// The image's name on the simulated host.
@@ -34,8 +33,6 @@ pub const MOST_MEMORY: u64 = 32 << 20;
 const MOST_OPERATIONS: u64 = 8192;
 /// Most operations on files that opening a chain may take.
 const MOST_OPENING: u64 = 2048;
-/// Most rounds in which requests wait for each other alone.
-const MOST_IDLE: u32 = 16;
 const MOST_SECTORS: u64 = 96;
 const MOST_PATCHES: usize = 12;
 const MOST_STEPS: usize = 64;
@@ -283,20 +280,8 @@ impl Session {
         self.disk.content_of(IMAGE).expect("the image")
     }
 
-    /// Runs a future to its end; a future that waits for nothing is a hang.
     fn drive<T>(&self, future: impl Future<Output = T>) -> T {
-        let mut future = pin!(future);
-        let mut context = Context::from_waker(Waker::noop());
-        // One of several may wait for what another has let go of in the same round.
-        let mut idle = 0;
-        loop {
-            if let Poll::Ready(output) = future.as_mut().poll(&mut context) {
-                return output;
-            }
-            idle = if self.engine.is_busy() { 0 } else { idle + 1 };
-            assert!(idle < MOST_IDLE, "a request waits, and nothing is under way");
-            self.engine.wait().expect("a simulated disk");
-        }
+        drive(&self.engine, future)
     }
 
     fn open(&self) -> std::result::Result<Image, Error> {

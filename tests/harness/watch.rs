@@ -3,6 +3,8 @@
 use std::cell::Cell;
 use std::io;
 use std::os::fd::RawFd;
+use std::pin::pin;
+use std::task::{Context, Poll, Waker};
 
 use vhost_user_qcow2::storage::fault::{Fault, Faults};
 use vhost_user_qcow2::storage::mem::{MemDisk, MemEngine};
@@ -15,6 +17,8 @@ use crate::places::Head;
 pub(crate) const ROOM: u64 = 1 << 20;
 /// A file that no image may refer to.
 pub(crate) const SECRET: FileId = FileId(1);
+/// Most rounds in which futures wait for each other alone.
+const MOST_IDLE: u32 = 16;
 /// ENOSPC.
 const NO_SPACE: i32 = 28;
 
@@ -120,5 +124,21 @@ impl Engine for Watch {
 
     fn wait(&self) -> io::Result<()> {
         self.inner.wait()
+    }
+}
+
+/// Runs a future to its end; a future that waits for nothing is a hang.
+pub(crate) fn drive<T>(engine: &Watch, future: impl Future<Output = T>) -> T {
+    let mut future = pin!(future);
+    let mut context = Context::from_waker(Waker::noop());
+    // One of several may wait for what another has let go of in the same round.
+    let mut idle = 0;
+    loop {
+        if let Poll::Ready(output) = future.as_mut().poll(&mut context) {
+            return output;
+        }
+        idle = if engine.is_busy() { 0 } else { idle + 1 };
+        assert!(idle < MOST_IDLE, "a request waits, and nothing is under way");
+        engine.wait().expect("a simulated disk");
     }
 }
