@@ -70,6 +70,8 @@ fn images() -> Vec<Input> {
         inputs.push((format!("{}-whole", seed.name), [&start[..], &steps].concat()));
         let start = [index as u8, 8, 2, 2, 0, 0, 9, 0x80, 30, 5, 3, 62];
         inputs.push((format!("{}-spoiled", seed.name), [&start[..], &steps].concat()));
+        let start = [index as u8, 32, 2, 2, 0, 3, 62, 3, 0, 3, 63, 4];
+        inputs.push((format!("{}-repaired", seed.name), [&start[..], &steps].concat()));
         let start = [index as u8, 16, 0];
         inputs.push((format!("{}-cut", seed.name), [&start[..], &steps[..20]].concat()));
         let start = [index as u8, 4 | 2, 0x11, 40, 0];

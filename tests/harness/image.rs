@@ -1,4 +1,4 @@
-//! A spoiled image, used as a guest would: open, read, write, discard, write zeroes, flush, close,
+//! A spoiled image, perhaps checked and repaired, then used as a guest would: open, read, write, discard, write zeroes, flush, close,
 //! open again.
 //!
 //! What must hold for every image: nothing panics or waits for ever, an operation is a bounded
@@ -22,7 +22,7 @@ use vhost_user_qcow2::storage::{Buf, Engine};
 
 use crate::places::{Head, Place, number, places};
 use crate::watch::{ROOM, SECRET, Watch, drive};
-use crate::{Seed, seeds};
+use crate::{Seed, repair, seeds};
 
 /// The image's name on the simulated host.
 const IMAGE: &str = "/images/disk.qcow2";
@@ -84,6 +84,9 @@ fn try_run(input: &mut Unstructured<'_>, outcome: &mut Outcome) -> Result<()> {
     }
     let options = OpenOptions { read_only: choices & 1 != 0, caches, ..OpenOptions::default() };
     let engine = Watch::new(&disk, IMAGE, engine, faults.clone());
+    if choices & 32 != 0 {
+        repair::run(&disk, IMAGE, &engine, input)?;
+    }
     let cut = (choices & 16 != 0).then_some(u64::from(choices));
     Session { disk, engine, faults, options, written: 0 }.run(input, outcome, cut)
 }

@@ -17,6 +17,7 @@ mod front_end;
 pub mod image;
 pub mod messages;
 mod places;
+mod repair;
 mod seeds;
 mod watch;
 

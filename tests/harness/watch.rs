@@ -25,6 +25,7 @@ const NO_SPACE: i32 = 28;
 /// An engine whose operations are looked at.
 pub(crate) struct Watch {
     inner: Fault<MemEngine>,
+    faults: Faults,
     disk: MemDisk,
     image: &'static str,
     operations: Cell<u64>,
@@ -38,8 +39,13 @@ impl Watch {
         engine: MemEngine,
         faults: Faults,
     ) -> Self {
-        let inner = Fault::new(engine, faults);
-        Self { inner, disk: disk.clone(), image, operations: Cell::new(0) }
+        let inner = Fault::new(engine, faults.clone());
+        Self { inner, faults, disk: disk.clone(), image, operations: Cell::new(0) }
+    }
+
+    /// The faults that the disk has.
+    pub(crate) fn faults(&self) -> &Faults {
+        &self.faults
     }
 
     /// How many operations there were since this was last asked.
