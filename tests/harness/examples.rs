@@ -68,6 +68,8 @@ fn images() -> Vec<Input> {
     for (index, seed) in seeds().iter().enumerate() {
         let start = [index as u8, 0, 0];
         inputs.push((format!("{}-whole", seed.name), [&start[..], &steps].concat()));
+        let start = [index as u8, 64, 0];
+        inputs.push((format!("{}-compressing", seed.name), [&start[..], &steps].concat()));
         let start = [index as u8, 8, 2, 2, 0, 0, 9, 0x80, 30, 5, 3, 62];
         inputs.push((format!("{}-spoiled", seed.name), [&start[..], &steps].concat()));
         let start = [index as u8, 32, 2, 2, 0, 3, 62, 3, 0, 3, 63, 4];

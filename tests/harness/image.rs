@@ -82,7 +82,8 @@ fn try_run(input: &mut Unstructured<'_>, outcome: &mut Outcome) -> Result<()> {
     if choices & 8 != 0 {
         caches = CacheSizes { l2_bytes: 1024, refcount_bytes: 1024 };
     }
-    let options = OpenOptions { read_only: choices & 1 != 0, caches, ..OpenOptions::default() };
+    let (read_only, compress) = (choices & 1 != 0, choices & 64 != 0);
+    let options = OpenOptions { read_only, compress, caches, ..OpenOptions::default() };
     let engine = Watch::new(&disk, IMAGE, engine, faults.clone());
     if choices & 32 != 0 {
         repair::run(&disk, IMAGE, &engine, input)?;

@@ -436,7 +436,7 @@ impl FrontEnd {
                 self.answered += len;
                 true
             }
-            Err(error) => error.kind() == ErrorKind::WouldBlock,
+            Err(error) => matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted),
         }
     }
 
@@ -450,6 +450,8 @@ impl FrontEnd {
                 Ok(0) => return,
                 Ok(len) => self.answered += len,
                 Err(error) if error.kind() == ErrorKind::ConnectionReset => return,
+                // The fuzzer has a timer.
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
                 Err(error) => panic!("the connection does not end: {error}"),
             }
         }
