@@ -408,9 +408,8 @@ impl Session {
         let read = self.drive(image.read(&self.engine, GuestOffset(at), buf.clone()));
         self.engine.take_operations();
         if read.is_ok() {
-            let seen = buf.to_vec();
-            let wrong = seen.iter().position(|byte| *byte != expected);
-            assert!(wrong.is_none(), "{request:?} of {len} bytes at {at:#x}: {wrong:?} differs");
+            let same = buf.to_vec() == vec![expected; len as usize];
+            assert!(same, "{request:?} of {len} bytes at {at:#x} is not what is read");
         }
     }
 }
