@@ -37,6 +37,9 @@ const MOST_SECTORS: u64 = 96;
 const MOST_PATCHES: usize = 12;
 const MOST_STEPS: usize = 64;
 const SECTOR: u64 = 512;
+/// Marks in the header: the image was not closed, and it contradicts itself.
+const DIRTY: u64 = 1;
+const CORRUPT: u64 = 2;
 
 /// What became of an input, so that a test can tell that it does not only make refusals.
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
@@ -242,7 +245,8 @@ impl Session {
             let kind = input.arbitrary::<u8>()?;
             if kind == 0xff {
                 self.close(image, &before, sound);
-                image = self.reopen();
+                let Some(again) = self.reopen(sound) else { return Ok(()) };
+                image = again;
                 outcome.opened += 1;
                 continue;
             }
@@ -271,9 +275,7 @@ impl Session {
         let after = Self { disk, engine, faults, options, written: 0 };
         let (opened, bytes) = (after.open(), after.content());
         // Refcounts of an image that is marked dirty may be behind.
-        let field = |at, width| number(&bytes, at, width).unwrap_or_default();
-        let dirty = field(4, 4) == 3 && field(72, 8) & 1 != 0;
-        if sound && !dirty {
+        if sound && !is_marked(&bytes, DIRTY) {
             let report = common::check::check(&bytes);
             assert!(report.corruptions.is_empty(), "it was sound before the cut: {report:?}");
             after.close(opened.expect("it was sound before the cut"), &bytes, true);
@@ -296,11 +298,15 @@ impl Session {
         image
     }
 
-    /// What was closed is an image.
-    fn reopen(&self) -> Image {
+    /// What was closed is an image, and can be opened unless a contradiction was found meanwhile.
+    fn reopen(&self, sound: bool) -> Option<Image> {
         // A fault that has waited for its turn must not meet this.
         self.faults.clear();
-        self.open().unwrap_or_else(|error| panic!("it was open before: {error}"))
+        match self.open() {
+            Ok(image) => Some(image),
+            Err(_) if !sound && is_marked(&self.content(), CORRUPT) => None,
+            Err(error) => panic!("it was open before: {error}"),
+        }
     }
 
     fn close(&self, image: Image, before: &[u8], sound: bool) {
@@ -412,6 +418,12 @@ impl Session {
             assert!(same, "{request:?} of {len} bytes at {at:#x} is not what is read");
         }
     }
+}
+
+/// Whether the header has one of its incompatible feature bits.
+fn is_marked(bytes: &[u8], bit: u64) -> bool {
+    let field = |at, width| number(bytes, at, width).unwrap_or_default();
+    field(4, 4) == 3 && field(72, 8) & bit != 0
 }
 
 /// Errors are sentences of one line, and never this program's own fault.
