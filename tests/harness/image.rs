@@ -321,7 +321,8 @@ impl Session {
         // The refcount table may have grown, and feature bits may have changed.
         let header = same(0..48) && same(60..72) && same(80..88) && same(96..512);
         assert!(header, "the header has changed");
-        if sound {
+        // Refcounts of an image that could not be closed, and says so, may be behind.
+        if sound && !is_marked(&after, DIRTY) {
             let report = common::check::check(&after);
             assert!(report.corruptions.is_empty(), "it was sound before: {report:?}");
         }
