@@ -1,5 +1,5 @@
-//! A spoiled image, perhaps checked and repaired, then used as a guest would: open, read, write, discard, write zeroes, flush, close,
-//! open again.
+//! A spoiled image, perhaps checked and repaired, then used as a guest would: open, read, write,
+//! discard, write zeroes, flush, close or lose power, open again.
 //!
 //! What must hold for every image: nothing panics or waits for ever, an operation is a bounded
 //! number of operations on the file, memory is bounded; a guest's data never goes over metadata

@@ -44,7 +44,10 @@ macro_rules! packed {
     ($($name:literal,)*) => {
         /// By name; an input names one by its number, so new ones go to the end.
         const PACKED: &[(&str, &[u8])] = &[
-            $(($name, include_bytes!(concat!("../../integration/fuzz/images/", $name, ".qcow2.gz"))),)*
+            $((
+                $name,
+                include_bytes!(concat!("../../integration/fuzz/images/", $name, ".qcow2.gz")),
+            ),)*
         ];
     };
 }
