@@ -59,7 +59,7 @@ impl Case {
 
     /// Serves the image twice, as what one daemon leaves the next must find.
     fn serve(&mut self) {
-        let requests = number_from_environment("REQUESTS", 50_000);
+        let requests = number_from_environment("REQUESTS", 20_000);
         let mut rng = Rng::with_seed(self.seed);
         for _ in 0..2 {
             let daemon = Daemon::start(&self.scratch, &self.image, &self.arguments);

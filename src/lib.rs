@@ -51,8 +51,8 @@
 //!
 //! Over bytes that the top layer owns alone, a write is a read with the arrow turned round. Else
 //! [`qcow2::Qcow2::prepare_write`] claims the clusters and finds room, the image writes whole
-//! clusters, and [`qcow2::Qcow2::commit_write`] links them. A flush makes data, refcounts and
-//! tables durable, in that order.
+//! clusters or subclusters, and [`qcow2::Qcow2::commit_write`] links them. A flush makes data,
+//! refcounts and tables durable, in that order.
 
 pub mod blk;
 pub mod bytes;

@@ -3,6 +3,7 @@
 use std::fs::OpenOptions as FileOptions;
 use std::os::unix::fs::FileExt;
 
+use common::images::{Kind, Layout};
 use common::memory::{Counting, peak};
 use vhost_user_qcow2::storage::files::{Files, Options};
 use vhost_user_qcow2::storage::host::{self, Aio};
@@ -74,4 +75,17 @@ fn a_sparse_image_takes_no_more_memory_than_stated() {
     let room = 8 << 20;
     assert!(large > 2 * (BUDGET as u64 + room), "the image is large enough to tell: {large}");
     assert!(small < BUDGET as u64 + room, "{small}");
+}
+
+#[test]
+fn an_l1_table_behind_the_end_of_the_file_is_not_repaired_into_a_sound_image() {
+    let mut made = Layout::new(12, 800, Kind::Plain).make(0);
+    let behind = (made.image().len() as u64).next_multiple_of(4096) + (1 << 20);
+    made.image()[40..48].copy_from_slice(&behind.to_be_bytes());
+    let disk = made.disk();
+    for repair in [Repair::None, Repair::Leaks, Repair::All, Repair::All] {
+        let report = run(&disk, repair);
+        assert!(report.check_errors > 0, "{repair:?}: {report:?}");
+        assert!(disk.content(FILE) == *made.image(), "{repair:?} has changed the image");
+    }
 }

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use crate::bytes::{be16, be32, be64};
-use crate::error::{Error, Result};
+use crate::error::{CorruptKind, Error, Result};
 use crate::qcow2::check::entries::{Entry, Mapped, Reading};
 use crate::qcow2::check::references::{References, Use};
 use crate::qcow2::check::target::{Directory, Root, Target, words};
@@ -214,6 +214,13 @@ impl<'w, 'a> Walk<'w, 'a> {
         notes: &mut Option<&mut Survey>,
     ) -> Result<()> {
         if self.target.rules.beyond(root.at, root.entries * 8) {
+            // Nothing is known of what it led to, so nothing may be given back.
+            if let Some(survey) = notes.as_deref_mut().filter(|_| from == 0) {
+                let (table, offset) = ("L1 table", root.at);
+                let file_len = self.target.rules.length;
+                let kind = CorruptKind::TableBeyondEnd { table, offset, file_len };
+                survey.report.failed(&Error::corrupt("counting references", kind));
+            }
             return Ok(());
         }
         let coverage = self.target.header.geometry.l2_coverage();
