@@ -118,11 +118,19 @@ impl Image {
         let new = NewSize { size, shrink, backing_length };
         let top = self.top_qcow2()?;
         top.check_resize(st, new).await?;
-        if size > top.size() {
+        let old = top.size();
+        if size > old {
             self.clear_tail(st, new).await?;
         }
         self.top_qcow2()?.resize(st, new).await?;
         self.size = self.chain.top().size();
+        let top = self.top_qcow2()?;
+        if size < old && !top.header().is_raw_data() {
+            // Who makes the disk larger again may be a program that shows what it finds there. A
+            // raw data file ends with the disk.
+            self.clear_tail(st, new).await?;
+            self.top_qcow2()?.close(st).await?;
+        }
         Ok(())
     }
 

@@ -107,6 +107,18 @@ fn shrinking_needs_to_be_said_and_gives_tables_back() {
 }
 
 #[test]
+fn what_a_shrink_leaves_in_the_last_cluster_does_not_come_back_when_qemu_grows_the_disk() {
+    for options in ["cluster_size=64k", "extended_l2=on", "cluster_size=512"] {
+        let mut stage = Stage::new(options, MIB);
+        stage.ours(&[Write(0, MIB, 7)]);
+        stage.our_resize(300 * KIB + 512, true).expect("shrinking");
+        stage.judge();
+        stage.their_resize(MIB);
+        stage.judge();
+    }
+}
+
+#[test]
 fn random_sizes_in_turns() {
     for seed in common::seeds::seeds(3) {
         let _repeat = common::seeds::Repeat::new("scenarios", "random_sizes_in_turns", seed);
