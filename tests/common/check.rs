@@ -246,6 +246,9 @@ impl<'a> Walk<'a> {
             let entry = be64(self.bytes, at + index * 8);
             let table = entry & OFFSET_MASK;
             self.reserved(entry, L1_RESERVED, || format!("L1 entry {index}"));
+            if table == 0 && entry != 0 {
+                self.corrupt(|| format!("L1 entry {index} is {entry:#x}: flags without a table"));
+            }
             if table == 0 || !self.table(table, self.cluster_size(), Use::L2) {
                 continue;
             }
