@@ -55,7 +55,8 @@ impl Image {
     /// Opens the image at `path` and every file it refers to.
     ///
     /// # Errors
-    /// One sentence that names the file, what was wrong, and what would help. Nothing was written.
+    /// One sentence that names the file, what was wrong, and what would help. Nothing was written,
+    /// except that an image which had not been closed may have been repaired first.
     pub async fn open(
         st: &dyn Storage,
         source: &dyn FileSource,

@@ -151,7 +151,8 @@ impl Qcow2 {
         Self { inflated, ..self }
     }
 
-    /// What the header said when the image was opened.
+    /// What the header says, but for feature bits and the refcount table, which change while
+    /// the image is written to.
     pub fn header(&self) -> &Header {
         &self.header
     }

@@ -58,7 +58,8 @@ impl Qcow2 {
 
     /// Whether bitmaps say which clusters changed.
     pub(super) fn has_bitmaps(&self) -> bool {
-        self.header.version >= 3 && self.header.autoclear & AUTOCLEAR_BITMAPS != 0
+        let valid = self.header.version >= 3 && self.header.autoclear & AUTOCLEAR_BITMAPS != 0;
+        valid && !self.header.bitmaps.is_empty()
     }
 
     pub(super) async fn read_bytes(

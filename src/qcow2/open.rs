@@ -247,6 +247,10 @@ pub async fn repair_dirty(
         report.losses,
         report.leaks,
     );
+    if report.losses > 0 {
+        // What the guest has lost is told in full, not only counted.
+        report.findings.iter().for_each(|finding| tracing::warn!("{name}: {finding}"));
+    }
     if !report.is_consistent() {
         let finding = report.findings.last().map_or("", String::as_str);
         let why = format!(

@@ -353,7 +353,8 @@ impl Qcow2 {
     pub(super) async fn write_features(&self, st: &dyn Storage, dirty: u64) -> Result<()> {
         let header = &self.header;
         let raw = if self.has_data_file() { AUTOCLEAR_RAW_DATA } else { 0 };
-        let stay = self.bitmaps_stay.load(Ordering::Acquire);
+        // Bitmaps that contradict themselves are never called valid by us.
+        let stay = self.bitmaps_stay.load(Ordering::Acquire) && !self.bitmaps.is_broken();
         let kept = raw | self.bitmaps.autoclear() | if stay { AUTOCLEAR_BITMAPS } else { 0 };
         let features = [header.incompatible | dirty, header.compatible, header.autoclear & kept];
         if header.version < 3 || *lock(&self.features) == features {

@@ -2,7 +2,9 @@
 //!
 //! An operation that ends with ENOSPC or EDQUOT is parked: whoever awaits it goes on waiting, and
 //! it is submitted once more at the next tick of a timer, or as soon as an operation of the same
-//! engine has given space back. Trying again is safe, because an operation says what a range shall
+//! engine has given space back: a discard of a raw image, say. What a guest discards of a qcow2
+//! image rests until the requests that wait here have ended, so its space has to come from
+//! elsewhere. Trying again is safe, because an operation says what a range shall
 //! hold and whoever submitted it keeps others away from the range until it has the answer. Data and
 //! metadata wait alike, so a full host poisons nothing.
 //!

@@ -222,7 +222,8 @@ impl Service {
             }
             GET_CONFIG | SET_CONFIG => {
                 let len = small(input)?;
-                let mut bytes = [small(input)? + 30, len, 0].map(u32::to_ne_bytes).concat();
+                let mut bytes =
+                    [small(input)?.wrapping_add(30), len, 0].map(u32::to_ne_bytes).concat();
                 bytes.extend(std::iter::repeat_n(1, len.min(300) as usize));
                 bytes
             }

@@ -75,6 +75,11 @@ struct Table {
 }
 
 impl Bitmaps {
+    /// Whether the image calls bitmaps valid that contradict themselves.
+    pub(super) fn is_broken(&self) -> bool {
+        matches!(self, Self::Broken(_))
+    }
+
     /// The autoclear bit that stays set when the image is written to.
     pub(super) fn autoclear(&self) -> u64 {
         match self {

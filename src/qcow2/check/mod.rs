@@ -258,7 +258,8 @@ async fn repair_leaks(
     memory: usize,
     notes: &mut Report,
 ) -> Result<bool> {
-    if before.report.check_errors > 0 || before.rebuild {
+    let unknown = before.report.check_errors > 0 || before.report.bitmaps_broken;
+    if unknown || before.rebuild {
         notes.note(|| {
             "leaks are not repaired, because the tables contradict themselves too much to know \
              what is in use; repair everything"

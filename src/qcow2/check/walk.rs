@@ -373,12 +373,12 @@ impl<'w, 'a> Walk<'w, 'a> {
         let mut at = 0_usize;
         for number in 0..directory.count {
             let entry = bytes.get(at..).unwrap_or_default();
-            let sizes = (be16(entry, 18), be32(entry, 20));
-            let (Some(table), Some(entries)) = (be64(entry, 0), be32(entry, 8)) else {
+            let place = be64(entry, 0).zip(be32(entry, 8));
+            let sizes = be16(entry, 18).zip(be32(entry, 20));
+            let Some(((table, entries), (name, extra))) = place.zip(sizes) else {
                 bitmaps_broken(notes, || format!("bitmap {number} lies behind the directory"));
                 return Ok(());
             };
-            let (Some(name), Some(extra)) = sizes else { return Ok(()) };
             self.bitmap(number, table, u64::from(entries), notes).await?;
             let len = 24 + u64::from(name) + u64::from(extra);
             at = at.saturating_add(usize::try_from(len).unwrap_or(usize::MAX / 2));

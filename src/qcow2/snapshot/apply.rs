@@ -29,7 +29,7 @@ impl Qcow2 {
         let (snapshots, place) = self.find_snapshot(st, key).await?;
         let size = snapshots[place].disk_size.unwrap_or(self.header.size);
         let needed = self.geometry.l1_entries(size);
-        if needed > L1_LIMIT >> 3 {
+        if size >> 61 != 0 || needed > L1_LIMIT >> 3 {
             return Err(Error::corrupt("snapshot", CorruptKind::VirtualSize(size)));
         }
         let entries = usize::try_from(needed.max(1)).expect("the limit was checked");
