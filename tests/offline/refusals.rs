@@ -170,3 +170,25 @@ fn a_snapshot_that_leads_to_metadata_is_not_deleted() {
         refused(&disk, &Act::Apply("one".to_owned()), "metadata");
     }
 }
+
+#[test]
+fn a_size_that_no_header_may_state_is_refused() {
+    // With clusters of 2 MiB the L1 table of such a disk would be just small enough.
+    let disk = Layout::new(21, 4096, Kind::Empty).make(1).disk();
+    refused(&disk, &Act::Resize(1 << 52), "too large");
+}
+
+#[test]
+fn a_file_is_not_cut_by_refcounts_that_call_its_tables_free() {
+    let mut made = Layout::new(12, 16_384, Kind::Empty).make(1);
+    let image = made.image();
+    let word = |at: usize| u64::from_be_bytes(image[at..at + 8].try_into().expect("eight bytes"));
+    let table = usize::try_from(word(48)).expect("small");
+    image[table..table + 8].fill(0);
+    let before = image.clone();
+    let disk = made.disk();
+    act(&disk, &Act::Resize(8192)).expect("a smaller disk");
+    let same = disk.look(IMAGE, |now| now.len() == before.len() && now[..4] == before[..4]);
+    assert!(same.expect("the image"), "the file was cut");
+    assert_eq!(disk.look(IMAGE, |now| now[24..32] == (8192_u64 * 512).to_be_bytes()), Some(true));
+}
