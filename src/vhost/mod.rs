@@ -4,6 +4,7 @@
 //! until a front-end connects, says something, or the process is told to end.
 
 mod connection;
+mod handler;
 pub mod listen;
 pub mod memory;
 mod message;
