@@ -319,7 +319,7 @@ fn writes_are_durable_before_they_are_answered_where_nobody_flushes() {
         [(true, true, false), (true, false, true), (false, true, true), (false, false, true)]
     {
         let mut bench = bench(Options { has_flush, ..Options::default() });
-        assert!(bench.device.write_config(32, &[u8::from(write_back)]));
+        bench.device.set_write_back(write_back);
         bench.disk.start_trace();
         bench.driver.write(DATA, &segment(40, 8, 0));
         for (kind, len) in [(OUT, 512), (WRITE_ZEROES, 16), (DISCARD, 16)] {

@@ -99,9 +99,9 @@ impl Device {
         self.write_back.load(Ordering::Relaxed)
     }
 
-    /// Goes back to what the device was before a driver used it (2.4).
-    pub fn reset(&self) {
-        self.write_back.store(self.settings.write_back, Ordering::Relaxed);
+    /// Lets completed writes wait for a flush from now on, or not.
+    pub fn set_write_back(&self, write_back: bool) {
+        self.write_back.store(write_back, Ordering::Relaxed);
     }
 
     /// The virtio feature bits offered (5.2.3 and 6).
@@ -129,33 +129,21 @@ impl Device {
         features
     }
 
-    /// `len` bytes of the configuration space from `offset` on (5.2.4); `None` when they reach
-    /// beyond [`CONFIG_BYTES`].
+    /// `len` bytes of the configuration space from `offset` on (5.2.4), for a driver that has
+    /// a write cache or not; `None` when they reach beyond [`CONFIG_BYTES`].
     ///
     /// Front-ends ask for as many bytes as their own idea of the structure has, so any range is
     /// served, and what this device does not know is zero.
-    pub fn read_config(&self, offset: u32, len: u32) -> Option<Vec<u8>> {
+    pub fn read_config(&self, offset: u32, len: u32, write_back: bool) -> Option<Vec<u8>> {
         let end = offset.checked_add(len).filter(|end| *end <= CONFIG_BYTES)?;
-        let mut space = self.config();
+        let mut space = self.config(write_back);
         space.resize(CONFIG_BYTES as usize, 0);
         space.truncate(end as usize);
         Some(space.split_off(offset as usize))
     }
 
-    /// Changes the configuration space: the driver may set the write-cache byte, and no other.
-    /// Returns whether that is what it did.
-    pub fn write_config(&self, offset: u32, bytes: &[u8]) -> bool {
-        match (offset, bytes) {
-            (WRITEBACK_OFFSET, [value @ (0 | 1)]) => {
-                self.write_back.store(*value == 1, Ordering::Relaxed);
-                true
-            }
-            _ => false,
-        }
-    }
-
     /// The fields of `struct virtio_blk_config` in order, little endian.
-    fn config(&self) -> Vec<u8> {
+    fn config(&self, write_back: bool) -> Vec<u8> {
         let block = self.settings.block_size;
         let physical = PHYSICAL_BLOCK.max(block);
         let granularity = u32::try_from(self.image.discard_granularity()).unwrap_or(physical);
@@ -172,7 +160,7 @@ impl Device {
         space.extend([physical.ilog2().abs_diff(block.ilog2()) as u8, 0]);
         space.extend(((physical / block) as u16).to_le_bytes());
         space.extend((granularity / block).to_le_bytes());
-        space.extend([u8::from(self.is_write_back()), 0]);
+        space.extend([u8::from(write_back), 0]);
         space.extend(self.settings.queues.to_le_bytes());
         let (sectors, segments) = match self.image.is_read_only() {
             true => (0, 0),
@@ -186,6 +174,15 @@ impl Device {
         let may_unmap = !self.image.is_read_only() && self.image.policy().unmaps();
         space.push(u8::from(may_unmap)); // write_zeroes_may_unmap
         space
+    }
+}
+
+/// What a write of `bytes` at `offset` of the configuration space makes of the write cache. The
+/// driver may set that byte (5.2.5), and no other: `None` is for everything else.
+pub fn write_cache(offset: u32, bytes: &[u8]) -> Option<bool> {
+    match (offset, bytes) {
+        (WRITEBACK_OFFSET, [value @ (0 | 1)]) => Some(*value == 1),
+        _ => None,
     }
 }
 
@@ -208,22 +205,22 @@ mod tests {
     #[test]
     fn the_configuration_space_is_served_at_any_offset_and_length() {
         let device = device(false, Settings::default());
-        let whole = device.read_config(0, CONFIG_BYTES).expect("all of it");
+        let whole = device.read_config(0, CONFIG_BYTES, true).expect("all of it");
         assert_eq!(whole.len(), 256);
         assert!(whole[60..].iter().all(|byte| *byte == 0));
         for (offset, len) in [(0, 57), (0, 60), (0, 200), (3, 57), (31, 1), (255, 1), (256, 0)] {
-            let part = device.read_config(offset, len).expect("inside");
+            let part = device.read_config(offset, len, true).expect("inside");
             assert_eq!(part, whole[offset as usize..(offset + len) as usize]);
         }
         for (offset, len) in [(0, 257), (256, 1), (u32::MAX, 1), (1, u32::MAX)] {
-            assert_eq!(device.read_config(offset, len), None);
+            assert_eq!(device.read_config(offset, len, true), None);
         }
     }
 
     #[test]
     fn the_fields_lie_where_the_specification_puts_them() {
         let settings = Settings { queues: 5, ..Settings::default() };
-        let space = device(false, settings).read_config(0, 60).expect("inside");
+        let space = device(false, settings).read_config(0, 60, true).expect("inside");
         let word = |at: usize| u32::from_le_bytes(space[at..at + 4].try_into().expect("4 bytes"));
         assert_eq!(word(0), (10 << 20) / 512);
         assert_eq!((word(8), word(12), word(20)), (0, 126, 512));
@@ -237,7 +234,7 @@ mod tests {
     #[test]
     fn blocks_of_4096_bytes_are_their_own_physical_blocks() {
         let settings = Settings { block_size: 4096, queue_size: 16, ..Settings::default() };
-        let space = device(false, settings).read_config(0, 60).expect("inside");
+        let space = device(false, settings).read_config(0, 60, true).expect("inside");
         assert_eq!(space[12..16], 14u32.to_le_bytes(), "a small queue bounds the segments");
         assert_eq!(space[20..24], 4096u32.to_le_bytes());
         assert_eq!(space[24..32], [0, 0, 1, 0, 1, 0, 0, 0]);
@@ -250,20 +247,18 @@ mod tests {
         let device = Device::new(Arc::new(image), Settings::default());
         let erase = bits(&[VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_WRITE_ZEROES]);
         assert_eq!(device.features() & erase, erase);
-        assert_eq!(device.read_config(56, 1), Some(vec![0]), "write-zeroes cannot unmap");
+        assert_eq!(device.read_config(56, 1, true), Some(vec![0]), "write-zeroes cannot unmap");
     }
 
     #[test]
     fn only_the_write_cache_byte_can_be_written() {
-        let device = device(false, Settings::default());
-        assert!(device.write_config(32, &[0]));
-        assert!(!device.is_write_back());
-        assert_eq!(device.read_config(32, 1), Some(vec![0]));
+        assert_eq!((write_cache(32, &[0]), write_cache(32, &[1])), (Some(false), Some(true)));
         for (offset, bytes) in [(0, &[1][..]), (32, &[2]), (32, &[1, 0]), (32, &[]), (31, &[1])] {
-            assert!(!device.write_config(offset, bytes));
+            assert_eq!(write_cache(offset, bytes), None);
         }
-        device.reset();
-        assert!(device.is_write_back());
+        let device = device(false, Settings::default());
+        assert_eq!(device.read_config(32, 1, false), Some(vec![0]));
+        assert_eq!(device.read_config(32, 1, true), Some(vec![1]));
     }
 
     #[test]

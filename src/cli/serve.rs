@@ -14,9 +14,9 @@ use crate::image::{self, Image};
 use crate::qcow2::create::CreateOptions;
 use crate::storage::files::{Files, Options as FileOptions};
 use crate::storage::{Engine, FileSource, block_on, host};
-use crate::sync::{Arc, AtomicBool, Mutex};
+use crate::sync::{Arc, AtomicBool};
+use crate::vhost::export::Export;
 use crate::vhost::listen::{self, Listener};
-use crate::vhost::session::Session;
 use crate::worker::pool::{EngineSource, Pool};
 
 /// Opens the image, serves it, and closes it after a signal.
@@ -116,7 +116,7 @@ fn serve(
     let (aio, files) = (arguments.aio(), Arc::clone(files));
     let engines: EngineSource = Arc::new(move |lane| host::engine(aio, &files, lane));
     let pool = Pool::new(device, engines, arguments.threads());
-    let session = Arc::new(Mutex::new(Session::new(pool)));
+    let export = Arc::new(Export::new(pool));
     let absolute: PathBuf = std::path::absolute(socket).unwrap_or_else(|_| socket.to_owned());
     // Nobody has to read it.
     let _ = std::io::stdout().write_all(attach::arguments(&absolute).as_bytes());
@@ -127,10 +127,10 @@ fn serve(
         if image.is_read_only() { ", read-only" } else { "" },
         socket.display()
     );
-    crate::vhost::serve(&listener, &session, stop)?;
+    crate::vhost::serve(&listener, &export, stop)?;
     tracing::info!("told to end");
     // The workers' threads end here; nothing is under way any more.
-    drop(session);
+    drop(export);
     Ok(())
 }
 

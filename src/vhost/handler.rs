@@ -12,7 +12,7 @@ use vhost::vhost_user::{
     Error as Refusal, GpuBackend, Result as Answer, VhostUserBackendReqHandlerMut,
 };
 
-use crate::blk::{FEATURE_EVENT_IDX, FEATURE_FLUSH};
+use crate::blk::{FEATURE_EVENT_IDX, FEATURE_FLUSH, write_cache};
 use crate::error::Error;
 use crate::vhost::memory::{MAX_SLOTS, MemoryTable};
 use crate::vhost::ring::{Addresses, Ring};
@@ -38,19 +38,19 @@ impl VhostUserBackendReqHandlerMut for Session {
         self.entered = true;
         self.stop_all();
         self.rings.iter_mut().for_each(Ring::reset);
-        self.pool.device().reset();
+        self.set_write_back(self.export.device().settings().write_back);
         Ok(())
     }
 
     fn get_features(&mut self) -> Answer<u64> {
         self.entered = true;
         self.knows_features = true;
-        Ok(self.pool.device().features() | PROTOCOL_FEATURES)
+        Ok(self.export.device().features() | PROTOCOL_FEATURES)
     }
 
     fn set_features(&mut self, features: u64) -> Answer<()> {
         self.entered = true;
-        let unknown = features & !(self.pool.device().features() | PROTOCOL_FEATURES);
+        let unknown = features & !(self.export.device().features() | PROTOCOL_FEATURES);
         if unknown != 0 {
             let why = format!("{unknown:#x} were not offered");
             return Err(refuse(Error::refused("virtio features", why)));
@@ -148,7 +148,9 @@ impl VhostUserBackendReqHandlerMut for Session {
             return Ok(());
         }
         let call = ring.call().map_err(|error| refuse(Error::io("copying a descriptor", error)))?;
-        self.pool.set_call(index, call);
+        if let Some(pool) = &self.pool {
+            pool.set_call(index, call);
+        }
         Ok(())
     }
 
@@ -158,7 +160,9 @@ impl VhostUserBackendReqHandlerMut for Session {
         if ring.running {
             let copy = ring.error();
             let copy = copy.map_err(|error| refuse(Error::io("copying a descriptor", error)))?;
-            self.pool.set_error(index, copy);
+            if let Some(pool) = &self.pool {
+                pool.set_error(index, copy);
+            }
         }
         Ok(())
     }
@@ -197,7 +201,8 @@ impl VhostUserBackendReqHandlerMut for Session {
         _flags: VhostUserConfigFlags,
     ) -> Answer<Vec<u8>> {
         self.entered = true;
-        self.pool.device().read_config(offset, size).ok_or(Refusal::InvalidParam)
+        let device = self.export.device();
+        device.read_config(offset, size, self.write_back).ok_or(Refusal::InvalidParam)
     }
 
     fn set_config(
@@ -207,7 +212,8 @@ impl VhostUserBackendReqHandlerMut for Session {
         _flags: VhostUserConfigFlags,
     ) -> Answer<()> {
         self.entered = true;
-        if self.pool.device().write_config(offset, bytes) {
+        if let Some(write_back) = write_cache(offset, bytes) {
+            self.set_write_back(write_back);
             return Ok(());
         }
         let what = format!("writing {} bytes at {offset} of the configuration space", bytes.len());
@@ -228,7 +234,7 @@ impl VhostUserBackendReqHandlerMut for Session {
         self.entered = true;
         self.memory.add(region, file).map_err(refuse)?;
         // Rings that are served stay where they are, so they need not stop.
-        self.pool.set_memory(self.memory.memory());
+        self.update_memory();
         self.settle_all();
         Ok(None)
     }

@@ -1,9 +1,11 @@
-//! The front-end's side: a socket, one connection after the other, and the messages on it.
+//! The front-ends' side: a socket, connections, and the messages on them.
 //!
 //! Section names are those of the vhost-user specification. One thread does all of this; it sleeps
-//! until a front-end connects, says something, or the process is told to end.
+//! until a front-end connects, says something, or the process is told to end. Any front-end may
+//! connect at any time; [`export`] says whose guest is served.
 
 mod connection;
+pub mod export;
 mod handler;
 pub mod listen;
 pub mod memory;
@@ -17,122 +19,171 @@ use std::time::Duration;
 use crate::error::{Error, Result};
 use crate::sync::{Arc, Mutex, lock};
 use crate::vhost::connection::{Connection, Pumped};
+use crate::vhost::export::Export;
 use crate::vhost::listen::Listener;
 use crate::vhost::session::Session;
 use crate::worker::poller::{Poller, Trigger};
 
+/// Most front-ends that are connected at once; more wait for one to go.
+pub const MAX_CONNECTIONS: usize = 16;
 /// How long to wait before a front-end that could not be accepted is tried again.
 const RETRY: Duration = Duration::from_millis(100);
 
 const STOP: u64 = 0;
 const LISTENER: u64 = 1;
-const CONNECTION: u64 = 2;
+/// The number of the first connection; each further one has the next.
+const FIRST_PEER: u64 = 2;
 
-/// Serves front-ends, one after the other, until `stop` is readable. A front-end that connects
-/// meanwhile waits for its turn. At the end every ring is drained.
+/// Serves front-ends until `stop` is readable. At the end every ring is drained.
 ///
 /// # Errors
 /// When the process has no descriptors left to begin with.
-pub fn serve(
-    listener: &Listener,
-    session: &Arc<Mutex<Session>>,
-    stop: &impl AsRawFd,
-) -> Result<()> {
-    let mut server = Server::new(listener, session, stop)
+pub fn serve(listener: &Listener, export: &Arc<Export>, stop: &impl AsRawFd) -> Result<()> {
+    let mut server = Server::new(listener, export, stop)
         .map_err(|error| Error::io("cannot wait for front-ends", error))?;
     let result = server.run().map_err(|error| Error::io("cannot wait for front-ends", error));
-    server.hang_up(Some("the daemon ends"));
+    while let Some(peer) = server.peers.pop() {
+        peer.hang_up(Some("the daemon ends"));
+    }
     result
+}
+
+/// A front-end that is connected.
+struct Peer {
+    number: u64,
+    connection: Connection,
+    session: Arc<Mutex<Session>>,
+    /// There are messages that were not looked at yet.
+    busy: bool,
+}
+
+impl Peer {
+    fn hang_up(self, why: Option<&str>) {
+        let mut session = lock(&self.session);
+        let features = session.features();
+        session.disconnect();
+        let (number, messages) = (self.number, self.connection.messages);
+        match why {
+            Some(why) => tracing::warn!("front-end {number} was disconnected: {why}"),
+            // Somebody only looked whether the socket answers.
+            None if messages == 0 => {}
+            None => {
+                tracing::info!("front-end {number} with features {features:#x} has disconnected");
+            }
+        }
+    }
 }
 
 struct Server<'a> {
     listener: &'a Listener,
-    session: &'a Arc<Mutex<Session>>,
+    /// Whether the listener is in the set: it is not while there are too many connections.
+    listening: bool,
+    export: &'a Arc<Export>,
     poller: Poller,
-    connection: Option<Connection>,
+    peers: Vec<Peer>,
+    next_number: u64,
 }
 
 impl<'a> Server<'a> {
     fn new(
         listener: &'a Listener,
-        session: &'a Arc<Mutex<Session>>,
+        export: &'a Arc<Export>,
         stop: &impl AsRawFd,
     ) -> std::io::Result<Self> {
         let poller = Poller::new()?;
         poller.add(&stop.as_raw_fd(), STOP, Trigger::Level)?;
         poller.add(listener, LISTENER, Trigger::Level)?;
-        Ok(Self { listener, session, poller, connection: None })
+        let (peers, next_number) = (Vec::new(), FIRST_PEER);
+        Ok(Self { listener, listening: true, export, poller, peers, next_number })
     }
 
     fn run(&mut self) -> std::io::Result<()> {
-        let mut busy = false;
         loop {
             // Messages that are there already must not keep the order to end from being seen.
+            let busy = self.peers.iter().any(|peer| peer.busy);
             let events: Vec<u64> = self.poller.wait(if busy { 0 } else { -1 })?.collect();
             if events.contains(&STOP) {
                 return Ok(());
             }
-            if events.contains(&LISTENER) && self.connection.is_none() {
+            for peer in &mut self.peers {
+                peer.busy |= events.contains(&peer.number);
+            }
+            self.pump();
+            if events.contains(&LISTENER) {
                 self.accept();
             }
-            busy = (busy || events.contains(&CONNECTION)) && self.pump();
         }
     }
 
     fn accept(&mut self) {
         let accepted = self.listener.accept().and_then(|socket| {
-            let Some(socket) = socket else { return Ok(None) };
-            let connection = Connection::new(socket, self.session)?;
-            self.poller.add(&connection, CONNECTION, Trigger::Edge)?;
-            Ok(Some(connection))
+            let Some(socket) = socket else { return Ok(()) };
+            let session = Arc::new(Mutex::new(Session::new(Arc::clone(self.export))));
+            let connection = Connection::new(socket, &session)?;
+            let number = self.next_number;
+            self.poller.add(&connection, number, Trigger::Edge)?;
+            self.next_number += 1;
+            tracing::debug!("somebody has connected: {number}");
+            self.peers.push(Peer { number, connection, session, busy: true });
+            Ok(())
         });
-        match accepted {
-            Ok(None) => {}
-            Ok(connection) => {
-                tracing::debug!("somebody has connected");
-                self.poller.remove(self.listener);
-                self.connection = connection;
-            }
-            Err(error) => {
-                tracing::error!("a front-end cannot be accepted: {error}");
-                std::thread::sleep(RETRY);
-            }
+        if let Err(error) = accepted {
+            tracing::error!("a front-end cannot be accepted: {error}");
+            std::thread::sleep(RETRY);
+        }
+        if self.peers.len() == MAX_CONNECTIONS {
+            self.poller.remove(self.listener);
+            self.listening = false;
         }
     }
 
-    /// Serves what the front-end has said; returns whether there is more.
-    fn pump(&mut self) -> bool {
-        let Some(connection) = &mut self.connection else { return false };
-        let before = connection.messages;
-        let pumped = connection.pump();
-        if before == 0 && connection.messages != 0 {
-            tracing::info!("a front-end has connected");
+    /// Serves what the front-ends have said.
+    fn pump(&mut self) {
+        let mut index = 0;
+        while let Some(peer) = self.peers.get_mut(index) {
+            index += 1;
+            if !peer.busy {
+                continue;
+            }
+            let before = peer.connection.messages;
+            let pumped = peer.connection.pump();
+            if before == 0 && peer.connection.messages != 0 {
+                tracing::info!("front-end {} has connected", peer.number);
+            }
+            peer.busy = matches!(pumped, Pumped::Busy);
+            if let Pumped::Over(why) = pumped {
+                index -= 1;
+                self.peers.remove(index).hang_up(why.as_deref());
+                self.listen();
+            } else {
+                lock(&peer.session).rest();
+            }
+            self.pass_on();
         }
-        match pumped {
-            Pumped::Quiet => false,
-            Pumped::Busy => true,
-            Pumped::Over(why) => {
-                self.hang_up(why.as_deref());
-                // The next one may have waited for a long time already.
-                if let Err(error) = self.poller.add(self.listener, LISTENER, Trigger::Level) {
-                    tracing::error!("front-ends cannot be waited for: {error}");
+    }
+
+    /// Lets a session that waits for the workers have them if nobody else does.
+    fn pass_on(&self) {
+        for peer in &self.peers {
+            let mut session = lock(&peer.session);
+            if self.export.is_free() && session.is_waiting() {
+                session.settle_all();
+                session.rest();
+                if session.is_serving() {
+                    tracing::info!("front-end {} has the disk now", peer.number);
                 }
-                false
             }
         }
     }
 
-    fn hang_up(&mut self, why: Option<&str>) {
-        let Some(connection) = self.connection.take() else { return };
-        let mut session = lock(self.session);
-        let features = session.features();
-        session.disconnect();
-        let messages = connection.messages;
-        match why {
-            Some(why) => tracing::warn!("a front-end was disconnected: {why}"),
-            // Somebody only looked whether the socket answers.
-            None if messages == 0 => {}
-            None => tracing::info!("the front-end with features {features:#x} has disconnected"),
+    /// Waits for front-ends again, of which there were too many.
+    fn listen(&mut self) {
+        if self.listening {
+            return;
+        }
+        match self.poller.add(self.listener, LISTENER, Trigger::Level) {
+            Ok(()) => self.listening = true,
+            Err(error) => tracing::error!("front-ends cannot be waited for: {error}"),
         }
     }
 }

@@ -10,6 +10,8 @@ use vhost::vhost_user::{Error as Refusal, Result as Answer};
 
 use crate::blk::{FEATURE_EVENT_IDX, FEATURE_FLUSH};
 use crate::error::Error;
+use crate::sync::Arc;
+use crate::vhost::export::Export;
 use crate::vhost::memory::MemoryTable;
 use crate::vhost::ring::Ring;
 use crate::worker::pool::Pool;
@@ -26,9 +28,13 @@ pub(super) fn offered_protocol_features() -> VhostUserProtocolFeatures {
         | VhostUserProtocolFeatures::RESET_DEVICE
 }
 
-/// The device as seen by one front-end after the other.
+/// The device as seen by one front-end.
 pub struct Session {
-    pub(super) pool: Pool,
+    pub(super) export: Arc<Export>,
+    /// The workers, while a ring is served or was a moment ago.
+    pub(super) pool: Option<Pool>,
+    /// Whether this front-end's driver has a write cache.
+    pub(super) write_back: bool,
     pub(super) rings: Vec<Ring>,
     pub(super) memory: MemoryTable,
     pub(super) features: u64,
@@ -52,12 +58,14 @@ pub(super) fn refuse(error: Error) -> Refusal {
 }
 
 impl Session {
-    /// A session that serves rings with the workers of `pool`.
-    pub fn new(pool: Pool) -> Self {
-        let settings = pool.device().settings();
+    /// A session that serves rings with the workers of `export` while no other one has them.
+    pub fn new(export: Arc<Export>) -> Self {
+        let settings = export.device().settings();
         let rings = (0..settings.queues).map(|_| Ring::new(settings.queue_size)).collect();
         Self {
-            pool,
+            pool: None,
+            write_back: settings.write_back,
+            export,
             rings,
             memory: MemoryTable::default(),
             features: 0,
@@ -67,16 +75,53 @@ impl Session {
         }
     }
 
-    /// Ends the service of one front-end: drains every ring, forgets the guest's memory and all
-    /// that was negotiated.
+    /// Ends the service of the front-end: drains every ring and lets the workers go.
     pub fn disconnect(&mut self) {
         self.stop_all();
-        self.pool.device().reset();
-        let max_size = self.pool.device().settings().queue_size;
-        self.rings.iter_mut().for_each(|ring| *ring = Ring::new(max_size));
-        self.memory = MemoryTable::default();
-        self.pool.set_memory(self.memory.memory());
-        (self.features, self.protocol, self.knows_features) = (0, 0, false);
+        self.rest();
+    }
+
+    /// Whether a ring is served.
+    pub fn is_serving(&self) -> bool {
+        self.rings.iter().any(|ring| ring.running)
+    }
+
+    /// Lets the workers go if no ring needs them.
+    pub fn rest(&mut self) {
+        if self.is_serving() {
+            return;
+        }
+        if let Some(mut pool) = self.pool.take() {
+            // The guest's memory is not kept longer than its rings.
+            pool.set_memory(MemoryTable::default().memory());
+            self.export.put(pool);
+        }
+    }
+
+    /// The workers, for this front-end's guest; `None` while another one's is served.
+    fn hire(&mut self) -> Option<&mut Pool> {
+        if self.pool.is_none() {
+            let mut pool = self.export.take()?;
+            pool.set_memory(self.memory.memory());
+            pool.device().set_write_back(self.write_back);
+            self.pool = Some(pool);
+        }
+        self.pool.as_mut()
+    }
+
+    /// Has a write cache from now on, or none.
+    pub(super) fn set_write_back(&mut self, write_back: bool) {
+        self.write_back = write_back;
+        if self.pool.is_some() {
+            self.export.device().set_write_back(write_back);
+        }
+    }
+
+    /// Gives the workers the guest's memory as it is now.
+    pub(super) fn update_memory(&mut self) {
+        if let Some(pool) = &mut self.pool {
+            pool.set_memory(self.memory.memory());
+        }
     }
 
     /// The virtio features that the front-end has taken.
@@ -112,6 +157,11 @@ impl Session {
         enabled && ring.is_described()
     }
 
+    /// Whether rings wait for the workers.
+    pub(super) fn is_waiting(&self) -> bool {
+        self.rings.iter().any(|ring| !ring.running && self.is_wanted(ring))
+    }
+
     /// Makes the workers agree with what is known of one ring.
     pub(super) fn settle(&mut self, index: usize) -> Answer<()> {
         let ring = &self.rings[index];
@@ -144,7 +194,13 @@ impl Session {
                 tracing::info!("queue {index} waits for its memory");
                 return Ok(());
             }
-            Ok(Some(setup)) => self.pool.start(index, setup),
+            Ok(Some(setup)) => {
+                let Some(pool) = self.hire() else {
+                    tracing::info!("queue {index} waits: another front-end's guest is served");
+                    return Ok(());
+                };
+                pool.start(index, setup)
+            }
             Err(error) => Err(error),
         };
         let ring = &mut self.rings[index];
@@ -158,7 +214,8 @@ impl Session {
 
     /// Drains rings; their bases then say where to go on.
     pub(super) fn stop(&mut self, indices: &[usize]) {
-        let bases = self.pool.stop(indices);
+        let Some(pool) = &mut self.pool else { return };
+        let bases = pool.stop(indices);
         for (index, base) in indices.iter().zip(bases) {
             let ring = &mut self.rings[*index];
             ring.set_base(base);
@@ -187,7 +244,7 @@ impl Session {
     pub(super) fn replace_memory(&mut self, memory: MemoryTable) {
         self.stop_all();
         self.memory = memory;
-        self.pool.set_memory(self.memory.memory());
+        self.update_memory();
         self.settle_all();
     }
 }

@@ -21,8 +21,8 @@ use vhost_user_qcow2::raw::Raw;
 use vhost_user_qcow2::storage::FileId;
 use vhost_user_qcow2::storage::mem::MemDisk;
 use vhost_user_qcow2::vhost;
+use vhost_user_qcow2::vhost::export::Export;
 use vhost_user_qcow2::vhost::listen::Listener;
-use vhost_user_qcow2::vhost::session::Session;
 use vhost_user_qcow2::worker::pool::{EngineSource, Pool};
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
@@ -338,8 +338,8 @@ fn serve(listener: &Listener, stopped: &UnixStream) {
         Ok(Box::new(disk.engine(lane, 0)))
     });
     let pool = Pool::new(Arc::new(Device::new(image, settings)), engines, 2);
-    let session = Arc::new(Mutex::new(Session::new(pool)));
-    vhost::serve(listener, &session, stopped).expect("the service");
+    let export = Arc::new(Export::new(pool));
+    vhost::serve(listener, &export, stopped).expect("the service");
 }
 
 /// How many descriptors this process has.

@@ -3,8 +3,8 @@
 use std::os::fd::RawFd;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
@@ -16,8 +16,8 @@ use vhost_user_qcow2::storage::{
     Engine, FileId, Lane, Limits, Op, Pending, Purpose, Storage, block_on,
 };
 use vhost_user_qcow2::vhost;
+use vhost_user_qcow2::vhost::export::Export;
 use vhost_user_qcow2::vhost::listen::Listener;
-use vhost_user_qcow2::vhost::session::Session;
 use vhost_user_qcow2::worker::pool::{EngineSource, Pool};
 
 use super::front_end::{FrontEnd, features, request as R};
@@ -194,10 +194,9 @@ fn serve(
         let inner = engine(Aio::Threads, &files, lane)?;
         Ok(Box::new(Gated { inner, gate: Arc::clone(&gate) }))
     });
-    let session = Session::new(Pool::new(device, engines, options.threads));
-    let session = Arc::new(Mutex::new(session));
-    vhost::serve(&listener, &session, &stopped).expect("the service");
-    drop(session);
+    let export = Arc::new(Export::new(Pool::new(device, engines, options.threads)));
+    vhost::serve(&listener, &export, &stopped).expect("the service");
+    drop(export);
     block_on(&*control, image.close(&*control)).expect("closing the image");
 }
 
