@@ -139,8 +139,8 @@ disks! {
     write_zeroes_raw: 256, "raw", "", WriteZeroes;
 }
 
-/// A disk that is in use, as guests have one: what comes and goes beside it leaves the file within a
-/// hundredth of what it took before. What stays are an L2 table for each 512 MiB and refcounts.
+/// A disk that is in use, as guests have one: what comes and goes beside it leaves the file within
+/// a hundredth of what it took before. What stays are an L2 table for each 512 MiB and refcounts.
 #[test]
 fn what_comes_and_goes_leaves_a_disk_in_use_at_its_first_size() {
     let (used, gone) = (64 * MIB, size(1024));
