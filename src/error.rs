@@ -213,6 +213,12 @@ pub enum CorruptKind {
     /// A cluster that is in use has refcount zero.
     #[error("the cluster at {0:#x} is in use but has refcount 0")]
     RefcountUnderflow(u64),
+    /// A refcount is lower than the number of references to its cluster.
+    #[error("the cluster at {0:#x} is referred to more often than its refcount says")]
+    RefcountLow(u64),
+    /// An L1 table leads to the same L2 table twice.
+    #[error("the L2 table at {0:#x} is named twice by one L1 table")]
+    TableTwice(u64),
     /// A refcount would exceed its width.
     #[error("the refcount of the cluster at {0:#x} cannot grow")]
     RefcountOverflow(u64),

@@ -7,6 +7,8 @@ mod cuts;
 mod disk;
 #[path = "offline/faults.rs"]
 mod faults;
+#[path = "offline/hostile.rs"]
+mod hostile;
 #[path = "offline/model.rs"]
 mod model;
 #[path = "offline/ordering.rs"]

@@ -3,7 +3,8 @@
 //! A check walks every table once, counts the references to each host cluster, and compares them
 //! with the refcounts: `target` is the image and what its header names, `entries` reads one entry
 //! of a table, `walk` goes through all of them, `references` counts in bounded memory, `blocks`
-//! compares with the refcounts, `mend` and `rebuild` change what is wrong.
+//! compares with the refcounts, `mend` and `rebuild` change what is wrong; `counted` says
+//! whether refcounts can be relied on.
 //!
 //! What is counted follows `qemu-img check`: a cluster whose refcount is too high is one leak, one
 //! whose refcount is too low is one corruption, and so is each entry with a wrong COPIED flag and
@@ -34,6 +35,7 @@
 //! A crash in between leaves an image that the same repair finishes.
 
 mod blocks;
+mod counted;
 mod entries;
 mod mend;
 mod rebuild;
@@ -43,9 +45,11 @@ mod walk;
 
 use std::collections::{BTreeMap, BTreeSet};
 
+pub(super) use counted::{Counted, counted};
+pub(super) use references::{References, Use};
+
 use crate::error::{Error, Result};
 use crate::qcow2::check::mend::Stage;
-use crate::qcow2::check::references::References;
 use crate::qcow2::check::target::Target;
 use crate::qcow2::check::walk::{View, Walk};
 use crate::qcow2::format::{
@@ -151,6 +155,8 @@ struct Survey {
     overlapped: BTreeSet<u64>,
     /// L2 tables of a data file that are in the wrong place, and the right one.
     owners: BTreeMap<u64, u64>,
+    /// What refcounts are worth.
+    counted: Counted,
 }
 
 impl Survey {
@@ -162,6 +168,7 @@ impl Survey {
             condemned: BTreeSet::new(),
             overlapped: BTreeSet::new(),
             owners: BTreeMap::new(),
+            counted: Counted::default(),
         }
     }
 

@@ -22,13 +22,13 @@ const OVERHEAD: usize = 96;
 
 /// What a cluster is used for: a set, since it may be several things at once.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Use(u16);
+pub(in crate::qcow2) struct Use(u16);
 
 impl Use {
     /// Nothing that was seen.
     pub(super) const NONE: Self = Self(0);
     /// Guest data.
-    pub(super) const DATA: Self = Self(1);
+    pub(in crate::qcow2) const DATA: Self = Self(1);
     /// An L2 table; internal snapshots share it.
     pub(super) const L2: Self = Self(2);
     /// Metadata with one reference.
@@ -54,9 +54,9 @@ impl Use {
 
 /// What is known of one cluster.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Seen {
+pub(in crate::qcow2) struct Seen {
     /// References of any kind.
-    pub(super) references: u64,
+    pub(in crate::qcow2) references: u64,
     /// Entries of the active tables that point here and say COPIED.
     pub(super) copied: u64,
     /// Entries of the active tables that point here and do not.
@@ -167,7 +167,7 @@ impl Leaf {
 }
 
 /// The references to the clusters of one window of the file.
-pub(super) struct References {
+pub(in crate::qcow2) struct References {
     window: Range<u64>,
     leaves: BTreeMap<u64, Leaf>,
     wide: BTreeMap<u64, Seen>,
@@ -177,13 +177,13 @@ pub(super) struct References {
 
 impl References {
     /// Nothing is known yet of the clusters from `first` on; takes `budget` bytes and a leaf.
-    pub(super) fn new(first: u64, budget: usize) -> Self {
+    pub(in crate::qcow2) fn new(first: u64, budget: usize) -> Self {
         let (leaves, wide) = (BTreeMap::new(), BTreeMap::new());
         Self { window: first..u64::MAX, leaves, wide, bytes: 0, budget }
     }
 
     /// The clusters that are counted here. It only shrinks while references are added.
-    pub(super) fn window(&self) -> Range<u64> {
+    pub(in crate::qcow2) fn window(&self) -> Range<u64> {
         self.window.clone()
     }
 
@@ -198,7 +198,7 @@ impl References {
     }
 
     /// Counts `times` references to a cluster.
-    pub(super) fn refer(&mut self, cluster: u64, kind: Use, times: u64) {
+    pub(in crate::qcow2) fn refer(&mut self, cluster: u64, kind: Use, times: u64) {
         self.change(cluster, |seen| {
             seen.kind = seen.kind.and(kind);
             seen.references = seen.references.saturating_add(times);
@@ -254,7 +254,7 @@ impl References {
     }
 
     /// What is known of a cluster inside the window.
-    pub(super) fn get(&self, cluster: u64) -> Seen {
+    pub(in crate::qcow2) fn get(&self, cluster: u64) -> Seen {
         let (number, place) = split(cluster);
         let Some(leaf) = self.leaves.get(&number) else { return Seen::NOTHING };
         self.seen(cluster, leaf.get(place))

@@ -2,11 +2,12 @@
 //!
 //! Tables are read from the file, where they are as they are in memory once everything is durable.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashSet;
 
 use crate::bytes::{HostOffset, be64};
 use crate::error::{CorruptKind, Error, Result};
 use crate::qcow2::Qcow2;
+use crate::qcow2::check::{MEMORY, References, Use, counted};
 use crate::qcow2::format::{COMPRESSED, COPIED, Cluster, L2Entry, OFFSET_MASK};
 use crate::qcow2::geometry::{GuestCluster, HostCluster};
 use crate::qcow2::refcount::Run;
@@ -84,11 +85,12 @@ impl Qcow2 {
     }
 
     /// Makes sure, before anything is changed, that all tables below the entries of an L1 table
-    /// from `first` on can be read, and that every refcount can be changed.
+    /// from `first` on can be read, each of them once, and that every refcount can be changed.
+    /// Everything is durable. Reads each table once for each [`MEMORY`] bytes of counts.
     ///
     /// # Errors
-    /// `Corrupt` when tables or refcounts contradict the format, or lead to other metadata;
-    /// `Refused` when a refcount has no room.
+    /// `Corrupt` when tables or refcounts contradict the format, or lead to other metadata, or lead
+    /// anywhere more often than was counted; `Refused` when a refcount has no room.
     pub(in crate::qcow2) async fn check_tree(
         &self,
         st: &dyn Storage,
@@ -96,8 +98,27 @@ impl Qcow2 {
         first: usize,
         change: Change,
     ) -> Result<()> {
+        self.check_roots(l1, first)?;
+        let mut from = 0;
+        while from < u64::MAX {
+            let tally = References::new(from, MEMORY);
+            let mut seen = Counts { most: self.refcounts.most(), change, tally };
+            self.tally_tree(st, l1, first, &mut seen).await?;
+            from = seen.tally.window().end;
+        }
+        match change {
+            Change::Raise => Ok(()),
+            Change::Lower if l1.iter().skip(first).all(|entry| entry & OFFSET_MASK == 0) => Ok(()),
+            // Somebody else's reference may be counted for one of this tree.
+            Change::Lower => counted(st, self.file).await?.refuse_low(),
+        }
+    }
+
+    /// Makes sure that every L2 table that an L1 table leads to is no other metadata, and comes
+    /// only once: then the work that follows is bounded by the file's length.
+    fn check_roots(&self, l1: &[u64], first: usize) -> Result<()> {
         let own: HashSet<u64> = self.l1_words().iter().map(|entry| entry & OFFSET_MASK).collect();
-        let mut seen = Counts { most: self.refcounts.most(), change, tally: HashMap::new() };
+        let mut met = HashSet::new();
         for (index, &entry) in l1.iter().enumerate().skip(first) {
             let Some(table) = self.table_place(index, entry)? else { continue };
             let offset = table.0;
@@ -105,6 +126,22 @@ impl Qcow2 {
                 let kind = CorruptKind::TableOverlap { table: "L2 table", offset };
                 return Err(Error::corrupt("L1 table", kind));
             }
+            if !met.insert(offset) {
+                return Err(Error::corrupt("L1 table", CorruptKind::TableTwice(offset)));
+            }
+        }
+        Ok(())
+    }
+
+    async fn tally_tree(
+        &self,
+        st: &dyn Storage,
+        l1: &[u64],
+        first: usize,
+        seen: &mut Counts,
+    ) -> Result<()> {
+        for (index, &entry) in l1.iter().enumerate().skip(first) {
+            let Some(table) = self.table_place(index, entry)? else { continue };
             let host = self.geometry.host_cluster(table);
             seen.check(self, host, self.refcounts.count(st, host).await?)?;
             for run in self.references(&self.read_l2(st, table).await?, index)? {
@@ -276,11 +313,12 @@ impl Qcow2 {
     }
 }
 
-/// References met so far to clusters whose refcount may run out of its range.
+/// References met so far to clusters whose refcount may run out of its range. The tally is of those
+/// in its window.
 struct Counts {
     most: u64,
     change: Change,
-    tally: HashMap<u64, u64>,
+    tally: References,
 }
 
 impl Counts {
@@ -294,9 +332,9 @@ impl Counts {
         if self.change == Change::Lower || count <= self.most / 2 {
             return Ok(());
         }
-        let met = self.tally.entry(cluster.0).or_default();
-        *met += 1;
-        if count.checked_add(*met).is_some_and(|sum| sum <= self.most) {
+        self.tally.refer(cluster.0, Use::DATA, 1);
+        let met = self.tally.get(cluster.0).references;
+        if count.checked_add(met).is_some_and(|sum| sum <= self.most) {
             return Ok(());
         }
         let bits = 1_u64 << image.geometry.refcount_order;

@@ -1,0 +1,59 @@
+//! Whether the refcounts of an image can be relied on: before an operation that lowers many of
+//! them, or that cuts off what they call free.
+//!
+//! COPIED flags do not matter here, nor does what is counted too high: a power cut leaves such
+//! things, and lowering a refcount makes nothing worse then.
+
+#![deny(clippy::as_conversions, clippy::arithmetic_side_effects, clippy::indexing_slicing)]
+
+use crate::error::{CorruptKind, Error, Result};
+use crate::qcow2::check::target::Target;
+use crate::qcow2::check::{MEMORY, survey};
+use crate::storage::{FileId, Storage};
+
+/// What the references in a whole image say about its refcounts.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(in crate::qcow2) struct Counted {
+    /// The lowest place of a cluster that is referred to more often than its refcount says.
+    low: Option<u64>,
+}
+
+impl Counted {
+    /// Looks at the cluster at `at`, which has that refcount and so many references.
+    pub(super) fn look(&mut self, at: u64, count: u64, references: u64) {
+        if count < references {
+            self.low = Some(self.low.map_or(at, |low| low.min(at)));
+        }
+    }
+
+    /// Refuses to lower refcounts of which one is too low already.
+    ///
+    /// # Errors
+    /// `Corrupt` with the place.
+    pub(in crate::qcow2) fn refuse_low(&self) -> Result<()> {
+        match self.low {
+            None => Ok(()),
+            Some(at) => Err(Error::corrupt("refcounts", CorruptKind::RefcountLow(at))),
+        }
+    }
+}
+
+/// Counts all references in the image in `file`, which does not change meanwhile, and compares them
+/// with the refcounts in the file. Memory and time are bounded as for a check.
+///
+/// # Errors
+/// When the header cannot be used, or there are more tables than a check looks at; `Refused` when
+/// not everything can be read that the image refers to.
+pub(in crate::qcow2) async fn counted(st: &dyn Storage, file: FileId) -> Result<Counted> {
+    let target = Target::load(st, "counting references", file).await?;
+    let found = survey(&target, MEMORY).await?;
+    if found.report.check_errors == 0 {
+        return Ok(found.counted);
+    }
+    let finding = found.report.findings.last().map_or("", String::as_str);
+    let why = format!(
+        "not everything that the image refers to can be read ({finding}), so nothing can be freed; \
+         see qemu-img check"
+    );
+    Err(Error::refused("refcounts", why))
+}
