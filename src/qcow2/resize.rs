@@ -8,6 +8,7 @@ use crate::bytes::{GuestOffset, round_up};
 use crate::error::{Error, Result};
 use crate::qcow2::Qcow2;
 use crate::qcow2::alloc::Allocator;
+use crate::qcow2::check::counted;
 use crate::qcow2::discard::Erase;
 use crate::qcow2::format::{Cluster, L2Entry};
 use crate::qcow2::geometry::{GuestCluster, HostCluster};
@@ -228,8 +229,9 @@ impl Qcow2 {
         Ok(())
     }
 
-    /// Cuts off what lies behind the last cluster in use. It is not counted, so it does not matter
-    /// whether a power cut comes before; nothing is lost if the host refuses.
+    /// Cuts off what lies behind the last cluster in use. It is not counted and nothing refers to
+    /// it, so it does not matter whether a power cut comes before; nothing is lost if the host
+    /// refuses.
     async fn trim_file(&mut self, st: &dyn Storage) -> Result<()> {
         let limits = st.limits(self.file);
         let failed = |source| Error::io("finding the end of the image", source);
@@ -244,7 +246,7 @@ impl Qcow2 {
             end -= 1;
         }
         let used = end << self.geometry.cluster_bits;
-        if !limits.grows || used >= length {
+        if !limits.grows || used >= length || self.is_used_behind(st, used).await {
             return Ok(());
         }
         let cut = st.submit(self.file, Purpose::Resize, Op::Resize { len: used }).await;
@@ -256,6 +258,24 @@ impl Qcow2 {
         self.flush(st).await?;
         self.allocator = Allocator::new(used, self.geometry.cluster_bits, limits.grows);
         Ok(())
+    }
+
+    /// Whether anything refers to what lies behind `end` in the file, or may: refcounts alone do not
+    /// tell, since an image may come with some that are too low. Everything is durable.
+    async fn is_used_behind(&self, st: &dyn Storage, end: u64) -> bool {
+        match counted(st, self.file).await {
+            Ok(counted) if counted.end() <= end => false,
+            Ok(_) => {
+                let what = "something refers to what counts as free, so the file keeps its length: \
+                            repair it";
+                tracing::warn!(end, "{what}");
+                true
+            }
+            Err(error) => {
+                tracing::warn!(%error, "the file keeps its length");
+                true
+            }
+        }
     }
 
     /// The part of the last cluster behind the disk's end, when it holds older bytes or would show

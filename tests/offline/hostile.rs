@@ -1,7 +1,9 @@
 //! Images that lie about what refers to what: nothing is freed, or cut off, that anything still
 //! leads to, and a lie costs no more time than the truth.
 
-use common::images::{Kind, Layout, Made};
+use common::images::{IMAGE, Kind, Layout, Made};
+use common::workers::{open, read_all, write_some};
+use vhost_user_qcow2::storage::block_on;
 use vhost_user_qcow2::storage::mem::MemDisk;
 
 use crate::disk::{Act, act};
@@ -96,4 +98,31 @@ fn a_disk_that_shares_what_was_counted_once_is_not_shrunk() {
     let kept = word(bytes, first + slot * 8);
     put(bytes, last, kept & !COPIED);
     refused(&made.disk(), &Act::Resize(150), "more often than its refcount says");
+}
+
+#[test]
+fn a_shrink_cuts_off_nothing_that_is_used_and_counts_as_free() {
+    let made = Layout::new(12, 16_384, Kind::Empty).make(1);
+    let disk = made.disk();
+    let engine = disk.engine(0, 1);
+    let image = open(&engine, &disk, false).expect("opening");
+    let mut tags = vec![0; 2048];
+    write_some(&engine, &image, &mut tags, &mut fastrand::Rng::with_seed(1)).expect("writing");
+    block_on(&engine, image.close(&engine)).expect("closing");
+    let before = read_all(&engine, &image).expect("reading");
+    drop(image);
+    // The last cluster of the file holds data that the smaller disk keeps.
+    let mut bytes = disk.content_of(IMAGE).expect("the image");
+    let last = bytes.len().div_ceil(4096) - 1;
+    let count = place(&bytes, place(&bytes, 48)) + last * 2;
+    assert_eq!(bytes[count..count + 2], [0, 1]);
+    bytes[count + 1] = 0;
+    let (damaged, length) = (MemDisk::new(), bytes.len());
+    damaged.add(IMAGE, bytes);
+    act(&damaged, &Act::Resize(8192)).expect("nothing has to be freed");
+    assert_eq!(damaged.look(IMAGE, <[u8]>::len), Some(length), "the file was cut");
+    let engine = damaged.engine(0, 1);
+    let image = open(&engine, &damaged, false).expect("opening");
+    let after = read_all(&engine, &image).expect("reading");
+    assert!(after == before[..8192 * 512], "the disk has lost data");
 }

@@ -112,7 +112,7 @@ fn judge(target: &Target<'_>, cluster: u64, count: u64, seen: Seen, survey: &mut
     let most = most(target.header.geometry.refcount_order);
     let at = cluster << target.rules.cluster_bits;
     let need = seen.references.min(most);
-    survey.counted.look(at, count, seen.references);
+    survey.counted.look(at, target.cluster_size(), count, seen.references);
     let report = &mut survey.report;
     if cluster < target.clusters() && (count > 0 || seen.references > 0) {
         let end = (cluster + 1) << target.rules.cluster_bits;

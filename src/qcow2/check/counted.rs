@@ -16,14 +16,24 @@ use crate::storage::{FileId, Storage};
 pub(in crate::qcow2) struct Counted {
     /// The lowest place of a cluster that is referred to more often than its refcount says.
     low: Option<u64>,
+    /// The end in bytes of the last cluster that anything refers to.
+    end: u64,
 }
 
 impl Counted {
     /// Looks at the cluster at `at`, which has that refcount and so many references.
-    pub(super) fn look(&mut self, at: u64, count: u64, references: u64) {
+    pub(super) fn look(&mut self, at: u64, len: u64, count: u64, references: u64) {
+        if references > 0 {
+            self.end = self.end.max(at.saturating_add(len));
+        }
         if count < references {
             self.low = Some(self.low.map_or(at, |low| low.min(at)));
         }
+    }
+
+    /// The end in bytes of the last cluster that anything refers to.
+    pub(in crate::qcow2) fn end(&self) -> u64 {
+        self.end
     }
 
     /// Refuses to lower refcounts of which one is too low already.
