@@ -3,6 +3,7 @@
 use crate::bytes::HostOffset;
 use crate::error::{Error, Result};
 use crate::qcow2::format::MAGIC;
+use crate::qcow2::header::is_size_allowed;
 use crate::storage::{Buf, Op, Opened, Purpose, Storage};
 
 /// How a new image is laid out; version 3, 64 KiB clusters and 16-bit refcounts unless said.
@@ -87,7 +88,8 @@ impl Layout {
 pub async fn create(st: &dyn Storage, file: Opened, options: &CreateOptions) -> Result<()> {
     let in_range = (9..=21).contains(&options.cluster_bits) && options.refcount_order <= 6;
     let layout = in_range.then(|| Layout::new(options));
-    let Some(layout) = layout.filter(|layout| layout.l1_entries * 8 <= 32 << 20) else {
+    let Some(layout) = layout.filter(|layout| is_size_allowed(options.size, layout.l1_entries))
+    else {
         let why = format!("{} bytes is too large for the cluster size", options.size);
         return Err(Error::refused("creating an image", why));
     };

@@ -27,6 +27,11 @@ pub const SNAPSHOTS_AT: HostOffset = HostOffset(60);
 pub const REFTABLE_AT: HostOffset = HostOffset(48);
 /// Largest L1 table in bytes that is opened or made.
 pub const L1_LIMIT: u64 = 32 << 20;
+/// Whether a disk of `size` bytes, whose L1 table has so many entries, is opened and made.
+pub(super) fn is_size_allowed(size: u64, l1_entries: u64) -> bool {
+    size >> 61 == 0 && l1_entries <= L1_LIMIT >> 3
+}
+
 /// Largest refcount table in bytes that is opened or made.
 pub const REFTABLE_LIMIT: u64 = 8 << 20;
 /// Most snapshots an image may have.
@@ -251,11 +256,8 @@ impl Header {
                 Err(CorruptKind::TableSize { table, entries, limit })
             }
         };
-        if self.size >> 61 != 0 {
-            return Err(CorruptKind::VirtualSize(self.size));
-        }
         let needed = self.geometry.l1_entries(self.size);
-        if needed > L1_LIMIT >> 3 {
+        if !is_size_allowed(self.size, needed) {
             return Err(CorruptKind::VirtualSize(self.size));
         }
         size("L1 table", self.l1_entries, L1_LIMIT >> 3)?;

@@ -12,7 +12,7 @@ use crate::qcow2::check::counted;
 use crate::qcow2::discard::Erase;
 use crate::qcow2::format::{Cluster, L2Entry};
 use crate::qcow2::geometry::{GuestCluster, HostCluster};
-use crate::qcow2::header::{L1_LIMIT, L1_TABLE_AT, SIZE_AT};
+use crate::qcow2::header::{L1_TABLE_AT, SIZE_AT, is_size_allowed};
 use crate::qcow2::offline::Bytes;
 use crate::qcow2::snapshot::tree::Change;
 use crate::storage::{Op, Purpose, Storage};
@@ -81,7 +81,7 @@ impl Qcow2 {
         if !size.is_multiple_of(512) {
             return refuse(format!("{size} bytes is no multiple of 512"));
         }
-        if size >> 61 != 0 || self.geometry.l1_entries(size) > L1_LIMIT >> 3 {
+        if !is_size_allowed(size, self.geometry.l1_entries(size)) {
             let cluster = self.cluster_size();
             return refuse(format!(
                 "a disk of {size} bytes is too large for clusters of {cluster} bytes; convert the \

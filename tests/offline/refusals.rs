@@ -1,7 +1,13 @@
 //! What is refused: with a reason, and with not one byte changed.
 
+use std::path::Path;
+
 use common::images::{IMAGE, Kind, Layout};
 use common::qemu::Dir;
+use common::workers::open;
+use vhost_user_qcow2::image::create as create_image;
+use vhost_user_qcow2::qcow2::create::CreateOptions;
+use vhost_user_qcow2::storage::block_on;
 use vhost_user_qcow2::storage::mem::MemDisk;
 
 use crate::disk::{Act, act, contents, list, report};
@@ -176,6 +182,24 @@ fn a_size_that_no_header_may_state_is_refused() {
     // With clusters of 2 MiB the L1 table of such a disk would be just small enough.
     let disk = Layout::new(21, 4096, Kind::Empty).make(1).disk();
     refused(&disk, &Act::Resize(1 << 52), "too large");
+}
+
+#[test]
+fn a_new_image_of_a_size_no_header_may_state_is_not_made() {
+    let make = |size| {
+        let disk = MemDisk::new();
+        let engine = disk.engine(0, 0);
+        let layout = CreateOptions { size, cluster_bits: 21, refcount_order: 4 };
+        let made = create_image(&engine, &disk, Path::new(IMAGE), &layout);
+        block_on(&engine, made).map(|()| disk)
+    };
+    let error = make(1 << 61).map(|_| ()).expect_err("too large").to_string();
+    assert!(error.contains("too large"), "{error}");
+    // What is made can be opened.
+    let disk = make((1 << 61) - 512).expect("the largest disk there is");
+    let engine = disk.engine(0, 0);
+    let image = open(&engine, &disk, false).expect("opening");
+    assert_eq!(image.size(), (1 << 61) - 512);
 }
 
 #[test]

@@ -4,7 +4,7 @@ use crate::bytes::HostOffset;
 use crate::error::{CorruptKind, Error, Result};
 use crate::qcow2::Qcow2;
 use crate::qcow2::format::{COPIED, OFFSET_MASK};
-use crate::qcow2::header::{L1_LIMIT, SIZE_AT};
+use crate::qcow2::header::{SIZE_AT, is_size_allowed};
 use crate::qcow2::offline::Bytes;
 use crate::qcow2::snapshot::tree::Change;
 use crate::storage::Storage;
@@ -29,7 +29,7 @@ impl Qcow2 {
         let (snapshots, place) = self.find_snapshot(st, key).await?;
         let size = snapshots[place].disk_size.unwrap_or(self.header.size);
         let needed = self.geometry.l1_entries(size);
-        if size >> 61 != 0 || needed > L1_LIMIT >> 3 {
+        if !is_size_allowed(size, needed) {
             return Err(Error::corrupt("snapshot", CorruptKind::VirtualSize(size)));
         }
         let entries = usize::try_from(needed.max(1)).expect("the limit was checked");
