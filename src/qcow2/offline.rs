@@ -4,6 +4,7 @@
 use crate::bytes::HostOffset;
 use crate::error::{Error, Result};
 use crate::qcow2::Qcow2;
+use crate::qcow2::bitmap::Bitmaps;
 use crate::qcow2::format::AUTOCLEAR_BITMAPS;
 use crate::qcow2::open::table_regions;
 use crate::qcow2::refcount::Run;
@@ -24,15 +25,21 @@ pub(super) enum Bytes {
 
 impl Qcow2 {
     /// Makes everything durable, and looks anew where metadata is: a table that only snapshots use
-    /// any more is guarded as long as requests may look at it.
+    /// any more is guarded as long as requests may look at it. An image that was not written to is
+    /// not changed: the operation may still be refused.
     pub(super) async fn settle(&mut self, st: &dyn Storage) -> Result<()> {
-        self.write_everything(st).await?;
+        self.close(st).await?;
         (self.header.reftable_at, self.header.reftable_clusters) = self.refcounts.place();
         let end = self.allocator.frontier() << self.geometry.cluster_bits;
         let corrupt = |kind| Error::corrupt("looking for metadata", kind);
         self.regions = table_regions(&self.header, end).map_err(corrupt)?;
         self.guard_snapshots(st, end).await?;
-        self.guard_tables(end).map_err(corrupt)
+        self.guard_tables(end).map_err(corrupt)?;
+        if matches!(self.bitmaps, Bitmaps::Tracked(_)) {
+            // What they hold is stored: it is guarded anew where it lies now.
+            self.bitmaps = self.open_bitmaps(st, end).await?;
+        }
+        Ok(())
     }
 
     /// Makes everything durable and clears the autoclear bits that the operation would make stale.

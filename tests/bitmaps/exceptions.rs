@@ -239,6 +239,30 @@ fn without_room_for_bitmaps_the_disk_is_fine_and_they_stay_marked() {
 }
 
 #[test]
+fn a_bitmap_that_could_not_be_loaded_once_is_not_trusted_after_a_second_session() {
+    let made = plain();
+    let disk = made.disk();
+    let faults = Faults::new();
+    let engine = Fault::new(disk.engine(0, 1), faults.clone());
+    let image = open(&engine, &disk, false).expect("opening");
+    let session = |at: u64| {
+        let write = image.write(&engine, GuestOffset(at), Buf::copy_of(&[9; 512]));
+        block_on(&engine, write).expect("writing");
+        block_on(&engine, image.close(&engine)).expect("closing");
+        flags(&image_bytes(&disk))
+    };
+    let purpose = Some(Purpose::BitmapLoad);
+    let nth = faults.count_of(Purpose::BitmapLoad) + 1;
+    faults.add(Rule { purpose, sticky: true, ..Rule::fail(nth, 5) });
+    let marked = session(3 << 20);
+    let count = marked.iter().filter(|flags| **flags == AUTO | IN_USE).count();
+    assert!(count > 0, "{marked:?}");
+    // What could not be read before can be read now, and misses the first write.
+    faults.clear();
+    assert_eq!(session(1 << 20), marked);
+}
+
+#[test]
 fn damaged_directories_and_tables_do_no_harm() {
     let made = plain();
     let bytes = made.clone().image().clone();

@@ -56,6 +56,20 @@ fn a_snapshot_that_names_an_l2_table_twice_frees_nothing() {
 }
 
 #[test]
+fn a_refusal_leaves_the_marks_of_other_features_alone() {
+    let mut made = made();
+    let bytes = made.image();
+    let l1 = snapshot_l1(bytes);
+    let first = word(bytes, l1);
+    put(bytes, l1 + 8, first);
+    // A feature that any change would make stale.
+    put(bytes, 88, 1 << 5);
+    for what in on_snapshot_one() {
+        refused(&made.disk(), &what, "named twice");
+    }
+}
+
+#[test]
 fn a_snapshot_that_names_one_table_again_and_again_is_refused_at_once() {
     const ENTRIES: u32 = 200_000;
     let mut made = made();

@@ -119,6 +119,50 @@ fn an_image_with_bitmaps_keeps_them_true() {
 }
 
 #[test]
+fn a_snapshot_that_leads_to_a_bitmap_is_not_deleted() {
+    let dir = Dir::new();
+    dir.img(&["create", "-q", "-f", "qcow2", IMAGE, "1M"]);
+    dir.io(IMAGE, &["write -P 3 64k 64k".to_owned()]);
+    dir.img(&["bitmap", "--add", IMAGE, "changes"]);
+    dir.img(&["snapshot", "-c", "one", IMAGE]);
+    dir.io(IMAGE, &["write -P 4 64k 64k".to_owned()]);
+    let mut bytes = dir.read(IMAGE);
+    let word = |bytes: &[u8], at: usize| {
+        let word = bytes[at..at + 8].try_into().expect("eight bytes");
+        u64::from_be_bytes(word) & 0x00ff_ffff_ffff_fe00
+    };
+    let at = |word: u64| usize::try_from(word).expect("a small file");
+    let kind = 0x2385_2875_u32.to_be_bytes();
+    let extension = bytes.windows(4).position(|bytes| bytes == kind).expect("bitmaps");
+    let directory = word(&bytes, extension + 24);
+    let l1 = at(word(&bytes, at(word(&bytes, 64))));
+    let entry = at(word(&bytes, l1)) + 8;
+    bytes[entry..entry + 8].copy_from_slice(&directory.to_be_bytes());
+    let disk = MemDisk::new();
+    disk.add(IMAGE, bytes);
+    refused(&disk, &Act::Delete("one".to_owned()), "overwrite metadata");
+}
+
+#[test]
+fn an_image_with_broken_bitmaps_has_snapshots_and_says_so() {
+    let dir = Dir::new();
+    dir.img(&["create", "-q", "-f", "qcow2", IMAGE, "1M"]);
+    dir.img(&["bitmap", "--add", IMAGE, "changes"]);
+    let mut bytes = dir.read(IMAGE);
+    let kind = 0x2385_2875_u32.to_be_bytes();
+    let extension = bytes.windows(4).position(|bytes| bytes == kind).expect("bitmaps");
+    // More bitmaps than the directory has entries.
+    bytes[extension + 11] = 5;
+    let disk = MemDisk::new();
+    disk.add(IMAGE, bytes);
+    act(&disk, &create("one")).expect("the disk is sound");
+    let autoclear = disk.look(IMAGE, |bytes| bytes[95] & 1).expect("the image");
+    assert_eq!(autoclear, 0, "bitmaps that contradict themselves are called valid");
+    act(&disk, &Act::Delete("one".to_owned())).expect("deleting");
+    assert!(report(&disk).corruptions.is_empty(), "{:?}", report(&disk));
+}
+
+#[test]
 fn a_disk_of_no_bytes_has_snapshots_and_grows() {
     let dir = Dir::new();
     dir.img(&["create", "-q", "-f", "qcow2", IMAGE, "0"]);

@@ -8,7 +8,7 @@ use crate::qcow2::bitmap::directory::{self, Entry, Part, Place};
 use crate::qcow2::bitmap::{Bitmaps, Live, MEMORY_LIMIT, TABLES_LIMIT, Table, Tracker};
 use crate::qcow2::format::AUTOCLEAR_BITMAPS;
 use crate::storage::{Buf, Op, Purpose, Storage};
-use crate::sync::{Mutex, OnceLock};
+use crate::sync::{AtomicBool, Mutex, OnceLock, Ordering};
 
 /// What is being found out about the bitmaps of an image.
 struct Survey {
@@ -148,6 +148,7 @@ impl Qcow2 {
             obstacle,
             table: Mutex::new(Table { at: entry.table_at, parts }),
             bits: OnceLock::new(),
+            given_up: AtomicBool::new(false),
         }
     }
 
@@ -159,21 +160,26 @@ impl Qcow2 {
         Ok(buf.to_vec())
     }
 
-    /// Loads the bits of a bitmap; without them it stays marked as in use.
+    /// Loads the bits of a bitmap; without them it stays marked as in use, also when they could be
+    /// loaded at a later first write.
     pub(super) async fn load_bitmap(&self, st: &dyn Storage, bitmap: &Live) {
         let given_up = "a dirty bitmap is inconsistent from now on; \
                         remove it with qemu-img bitmap --remove";
-        if bitmap.bits.get().is_some() {
+        if bitmap.bits.get().is_some() || bitmap.given_up.load(Ordering::Acquire) {
             return;
         }
         if let Some(why) = bitmap.obstacle {
+            bitmap.given_up.store(true, Ordering::Release);
             tracing::warn!(bitmap = ?bitmap.name, why, "{given_up}");
             return;
         }
         match self.load_bits(st, bitmap).await {
             // Only one task starts writing, so nobody was faster.
             Ok(bits) => drop(bitmap.bits.set(bits)),
-            Err(error) => tracing::warn!(bitmap = ?bitmap.name, %error, "{given_up}"),
+            Err(error) => {
+                bitmap.given_up.store(true, Ordering::Release);
+                tracing::warn!(bitmap = ?bitmap.name, %error, "{given_up}");
+            }
         }
     }
 

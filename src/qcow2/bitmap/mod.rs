@@ -24,7 +24,7 @@ use crate::qcow2::bitmap::bits::Bits;
 use crate::qcow2::bitmap::directory::Part;
 use crate::qcow2::format::AUTOCLEAR_BITMAPS;
 use crate::storage::{Buf, Op, Pending, Purpose, Storage};
-use crate::sync::{Mutex, OnceLock, lock};
+use crate::sync::{AtomicBool, Mutex, OnceLock, lock};
 
 /// Most bytes of bits that are held in memory, over all bitmaps of an image.
 const MEMORY_LIMIT: u64 = 64 << 20;
@@ -65,6 +65,8 @@ struct Live {
     table: Mutex<Table>,
     /// Its bits, from the first write on; never there when it cannot be kept.
     bits: OnceLock<Bits>,
+    /// It was not kept once. What the image holds of it misses changes from then on.
+    given_up: AtomicBool,
 }
 
 /// Where the image holds the bits of a bitmap.
