@@ -40,6 +40,8 @@ struct Pool {
     /// Where the search for holes goes on, and where it ends: what lies behind was counted by us.
     scan: u64,
     scan_end: u64,
+    /// So many neighbouring clusters are not to be found before that one, from `scan` on.
+    crowded: Option<(u64, u64)>,
 }
 
 impl Pool {
@@ -71,7 +73,13 @@ impl Allocator {
     /// For a file of `length` bytes; `grows` says that bytes behind its end read as zeros.
     pub(super) fn new(length: u64, cluster_bits: u32, grows: bool) -> Self {
         let frontier = round_up(length, 1 << cluster_bits) >> cluster_bits;
-        let pool = Pool { reserved: None, free: BTreeMap::new(), scan: 0, scan_end: frontier };
+        let pool = Pool {
+            reserved: None,
+            free: BTreeMap::new(),
+            scan: 0,
+            scan_end: frontier,
+            crowded: None,
+        };
         Self {
             pool: Mutex::new(pool),
             frontier: AtomicU64::new(frontier),
@@ -121,6 +129,9 @@ impl Allocator {
         let searched = pool.scan..pool.scan.max(pool.scan_end);
         let before = run.first.0..run.end().min(searched.start);
         let after = run.first.0.max(searched.end)..run.end().min(self.frontier());
+        if run.first.0 < searched.end && searched.start < run.end() {
+            pool.crowded = None;
+        }
         for part in [before, after].into_iter().filter(|part| !part.is_empty()) {
             pool.insert_free(part.start, part.end - part.start);
         }
@@ -299,20 +310,22 @@ impl Qcow2 {
     }
 
     /// The first `count` neighbouring free clusters among those that the search for holes has not
-    /// come to: it finds them counted later.
+    /// come to: it finds them counted later. Where such a search found nothing, the next one does
+    /// not look again.
     async fn hole(&self, st: &dyn Storage, count: u64) -> Result<Option<Run>> {
         let (mut at, end) = {
             let pool = lock(&self.allocator.pool);
-            (pool.scan, pool.scan_end)
+            let crowded = pool.crowded.filter(|(least, _)| *least <= count);
+            (pool.scan.max(crowded.map_or(0, |(_, until)| until)), pool.scan_end)
         };
-        while at < end {
+        let mut hole = None;
+        while at < end && hole.is_none() {
             let (found, next) = self.refcounts.find_free(st, at, end, count, usize::MAX).await?;
-            if found.is_some_and(|run| run.count == count) {
-                return Ok(found);
-            }
+            hole = found.filter(|run| run.count == count);
             at = next;
         }
-        Ok(None)
+        lock(&self.allocator.pool).crowded = Some((count, at));
+        Ok(hole)
     }
 
     /// `count` neighbouring free clusters at the end of the file.

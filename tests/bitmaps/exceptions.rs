@@ -263,6 +263,28 @@ fn a_bitmap_that_could_not_be_loaded_once_is_not_trusted_after_a_second_session(
 }
 
 #[test]
+fn a_close_with_many_bitmaps_does_not_search_the_file_for_each_of_them() {
+    // A slice of refcounts is for 64 clusters here, and the cache holds 64 slices.
+    let names = ["a", "b", "c", "d", "e", "f", "g", "h"];
+    let wanted = names.map(|name| Wanted { name, granularity: 512, enabled: true });
+    let made = made(Layout::new(9, 20_000, Kind::Plain).with_refcount_bits(64), &wanted);
+    let disk = made.disk();
+    let slices = image_bytes(&disk).len() as u64 / (64 * 512);
+    assert!(slices > 128, "the cache holds all: {slices}");
+    let faults = Faults::new();
+    let engine = Fault::new(disk.engine(0, 1), faults.clone());
+    let image = open(&engine, &disk, true).expect("opening");
+    let write = image.write(&engine, GuestOffset(3 << 20), Buf::copy_of(&[9; 512]));
+    block_on(&engine, write).expect("writing");
+    let before = faults.count_of(Purpose::RefblockLoad);
+    block_on(&engine, image.close(&engine)).expect("closing");
+    let loads = faults.count_of(Purpose::RefblockLoad) - before;
+    println!("{loads} loads of {slices} slices");
+    assert!(loads < 3 * slices, "{loads} loads of {slices} slices");
+    assert!(check(&image_bytes(&disk)).is_clean());
+}
+
+#[test]
 fn damaged_directories_and_tables_do_no_harm() {
     let made = plain();
     let bytes = made.clone().image().clone();
