@@ -29,6 +29,7 @@ use std::path::Path;
 
 pub use buf::Buf;
 pub use ops::Pending;
+pub use sys::memory_file;
 
 use crate::bytes::HostOffset;
 use crate::error::Result;

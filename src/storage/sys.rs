@@ -3,7 +3,7 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 
 /// `BLKDISCARD`, which libc does not name: number 119 of the block layer's calls, where
 /// `BLKSSZGET` is 104, in whatever way the architecture encodes such numbers.
@@ -27,6 +27,24 @@ pub(super) fn set_blocking(file: &File, direct: bool) -> io::Result<()> {
     let wanted = (flags & !libc::O_NONBLOCK) | if direct { libc::O_DIRECT } else { 0 };
     // SAFETY: F_SETFL takes one integer.
     check(unsafe { libc::fcntl(file.as_raw_fd(), libc::F_SETFL, wanted) }).map(drop)
+}
+
+/// A file of zeros in memory that can be passed to other processes and never changes its length: a
+/// mapping of it cannot be cut off.
+///
+/// # Errors
+/// When the host has no memory or no descriptors left.
+pub fn memory_file(name: &std::ffi::CStr, len: u64) -> io::Result<File> {
+    let flags = libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING;
+    // SAFETY: the name ends with a zero byte and lives across the call.
+    let fd = check(unsafe { libc::memfd_create(name.as_ptr(), flags) })?;
+    // SAFETY: the descriptor was made just now, and nobody else knows it.
+    let file = File::from(unsafe { OwnedFd::from_raw_fd(fd) });
+    file.set_len(len)?;
+    let seals = libc::F_SEAL_SHRINK | libc::F_SEAL_GROW | libc::F_SEAL_SEAL;
+    // SAFETY: F_ADD_SEALS takes one integer.
+    check(unsafe { libc::fcntl(file.as_raw_fd(), libc::F_ADD_SEALS, seals) })?;
+    Ok(file)
 }
 
 fn byte_lock(kind: libc::c_int, byte: i64) -> libc::flock {

@@ -37,6 +37,7 @@ impl VhostUserBackendReqHandlerMut for Session {
         // negotiates anew in any case.
         self.entered = true;
         self.stop_all();
+        self.inflight = None;
         self.rings.iter_mut().for_each(Ring::reset);
         self.set_write_back(self.export.device().settings().write_back);
         Ok(())
@@ -251,15 +252,14 @@ impl VhostUserBackendReqHandlerMut for Session {
         Ok(())
     }
 
-    fn get_inflight_fd(
-        &mut self,
-        _inflight: &VhostUserInflight,
-    ) -> Answer<(VhostUserInflight, File)> {
-        not_offered()
+    fn get_inflight_fd(&mut self, wanted: &VhostUserInflight) -> Answer<(VhostUserInflight, File)> {
+        self.entered = true;
+        self.make_inflight(wanted)
     }
 
-    fn set_inflight_fd(&mut self, _inflight: &VhostUserInflight, _file: File) -> Answer<()> {
-        not_offered()
+    fn set_inflight_fd(&mut self, region: &VhostUserInflight, file: File) -> Answer<()> {
+        self.entered = true;
+        self.take_inflight(region, file)
     }
 
     fn set_gpu_socket(&mut self, _gpu_backend: GpuBackend) -> Answer<()> {

@@ -7,6 +7,7 @@
 mod connection;
 pub mod export;
 mod handler;
+mod inflight;
 pub mod listen;
 pub mod memory;
 mod message;

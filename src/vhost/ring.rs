@@ -197,6 +197,7 @@ impl Ring {
             call: call.map_err(copied)?,
             error: self.error().map_err(copied)?,
             has_flush,
+            inflight: None,
         }))
     }
 }

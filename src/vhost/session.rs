@@ -12,6 +12,7 @@ use crate::blk::{FEATURE_EVENT_IDX, FEATURE_FLUSH};
 use crate::error::Error;
 use crate::sync::Arc;
 use crate::vhost::export::Export;
+use crate::vhost::inflight::Region;
 use crate::vhost::memory::MemoryTable;
 use crate::vhost::ring::Ring;
 use crate::worker::pool::Pool;
@@ -26,6 +27,7 @@ pub(super) fn offered_protocol_features() -> VhostUserProtocolFeatures {
         | VhostUserProtocolFeatures::CONFIG
         | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
         | VhostUserProtocolFeatures::RESET_DEVICE
+        | VhostUserProtocolFeatures::INFLIGHT_SHMFD
 }
 
 /// The device as seen by one front-end.
@@ -37,6 +39,7 @@ pub struct Session {
     pub(super) write_back: bool,
     pub(super) rings: Vec<Ring>,
     pub(super) memory: MemoryTable,
+    pub(super) inflight: Option<Region>,
     pub(super) features: u64,
     pub(super) protocol: u64,
     /// The front-end has asked for the features: acknowledgements depend on it.
@@ -68,6 +71,7 @@ impl Session {
             export,
             rings,
             memory: MemoryTable::default(),
+            inflight: None,
             features: 0,
             protocol: 0,
             knows_features: false,
@@ -78,6 +82,7 @@ impl Session {
     /// Ends the service of the front-end: drains every ring and lets the workers go.
     pub fn disconnect(&mut self) {
         self.stop_all();
+        self.inflight = None;
         self.rest();
     }
 
@@ -194,7 +199,8 @@ impl Session {
                 tracing::info!("queue {index} waits for its memory");
                 return Ok(());
             }
-            Ok(Some(setup)) => {
+            Ok(Some(mut setup)) => {
+                setup.inflight = self.inflight.as_ref().and_then(|region| region.record(index));
                 let Some(pool) = self.hire() else {
                     tracing::info!("queue {index} waits: another front-end's guest is served");
                     return Ok(());

@@ -5,10 +5,12 @@
 //! session. The worker alone owns the state of its rings. Stopping a ring means: take no more
 //! chains, finish those that were taken, publish them, then answer. Nothing is ever cancelled.
 
+pub mod inflight;
 pub mod mailbox;
 pub mod poller;
 pub mod pool;
 pub mod queue;
+mod replay;
 
 use std::any::Any;
 use std::fmt;
@@ -197,8 +199,12 @@ impl<F: Future<Output = ()>> Worker<F> {
     fn pop(&mut self) -> usize {
         let image = self.context.device.image();
         let write_back = self.context.device.is_write_back();
-        let mut rules =
-            Rules { size: image.size(), read_only: image.is_read_only(), write_through: false };
+        let mut rules = Rules {
+            size: image.size(),
+            read_only: image.is_read_only(),
+            write_through: false,
+            outlives: false,
+        };
         let map = self.memory.map();
         let count = self.rings.len();
         self.first = self.first.wrapping_add(1);
@@ -209,6 +215,7 @@ impl<F: Future<Output = ()>> Worker<F> {
                 continue;
             }
             rules.write_through = !(write_back && ring.has_flush);
+            rules.outlives = ring.outlives();
             let tasks = std::cell::RefCell::new(&mut self.tasks);
             let result = ring.pop(
                 map,

@@ -1,5 +1,6 @@
 //! One split ring: popping chains, publishing what is done, and when to notify (virtio 1.2, 2.7).
 
+use std::collections::VecDeque;
 use std::fs::File;
 use std::io::Write;
 use std::num::Wrapping;
@@ -12,6 +13,8 @@ use vmm_sys_util::event::{EventConsumer, EventNotifier};
 
 use crate::blk::token::{Completions, Used};
 use crate::sync::{Ordering, fence};
+use crate::worker::inflight::{Record, RecordError};
+use crate::worker::replay;
 
 /// Most chains taken from one ring in a turn, so that a busy queue does not keep others waiting.
 const BATCH: usize = 64;
@@ -29,6 +32,8 @@ pub struct RingSetup {
     pub error: Option<File>,
     /// Whether the driver knows FLUSH; one that does not gets a disk without a write cache.
     pub has_flush: bool,
+    /// Where to keep note of what is under way, for whoever serves the ring after a crash.
+    pub inflight: Option<Record>,
 }
 
 /// Why a ring cannot be served.
@@ -54,6 +59,9 @@ pub enum RingError {
         /// The ring's size.
         size: u16,
     },
+    /// The record of what a predecessor had under way is not one of this ring.
+    #[error("its in-flight region contradicts it: {0}; a reset of the device makes a new one")]
+    Inflight(#[from] RecordError),
     /// Guest memory went away under the ring.
     #[error("the ring cannot be accessed: {0}")]
     Memory(#[from] GuestMemoryError),
@@ -76,6 +84,15 @@ pub struct Ring {
     queue: Queue,
     pub(super) completions: Rc<Completions>,
     done: Vec<Used>,
+    inflight: Option<Inflight>,
+}
+
+/// What is kept for a successor, and what a predecessor has left.
+#[derive(Debug)]
+struct Inflight {
+    record: Record,
+    /// Heads to take again before any other.
+    replay: VecDeque<u16>,
 }
 
 impl Ring {
@@ -96,6 +113,10 @@ impl Ring {
         // The used ring goes on where whoever served it before has left it.
         let used = queue.used_idx(memory, Ordering::Acquire).map_err(RingError::Setup)?;
         queue.set_next_used(used.0);
+        let inflight = match setup.inflight {
+            Some(record) => Some(recover(index, record, &mut queue, used.0, memory)?),
+            None => None,
+        };
         let mut ring = Self {
             index,
             has_flush: setup.has_flush,
@@ -107,6 +128,7 @@ impl Ring {
             queue,
             completions: Rc::default(),
             done: Vec::new(),
+            inflight,
         };
         ring.quieten(memory);
         // Somebody may have published chains without having been able to tell the guest.
@@ -121,12 +143,23 @@ impl Ring {
 
     /// Whether every chain that was taken has been published.
     pub fn is_drained(&self) -> bool {
-        self.completions.under_way() == 0 && self.completions.is_empty()
+        self.completions.under_way() == 0 && self.completions.is_empty() && !self.is_replaying()
     }
 
-    /// Whether chains are taken from it.
+    /// Whether chains are taken from it. Those that a predecessor had taken count as taken: they
+    /// are finished even if the ring is to stop.
     pub fn is_open(&self) -> bool {
-        !self.stopping && !self.broken
+        !self.broken && (!self.stopping || self.is_replaying())
+    }
+
+    /// Whether somebody keeps note of what is under way: the guest then lives on when this process
+    /// dies.
+    pub fn outlives(&self) -> bool {
+        self.inflight.is_some()
+    }
+
+    fn is_replaying(&self) -> bool {
+        self.inflight.as_ref().is_some_and(|inflight| !inflight.replay.is_empty())
     }
 
     /// Replaces the descriptor that tells the guest, and signals it once: what was published just
@@ -149,6 +182,9 @@ impl Ring {
         mut room: impl FnMut() -> bool,
         mut each: impl FnMut(DescriptorChain<&GuestMemoryMmap>, &Rc<Completions>),
     ) -> Result<usize, RingError> {
+        if self.is_replaying() {
+            return self.replay(memory, room, each);
+        }
         let size = self.queue.size();
         let mut iter = self.queue.iter(memory).map_err(RingError::Available)?;
         let mut popped = 0;
@@ -158,7 +194,31 @@ impl Ring {
             if head >= size {
                 return Err(RingError::Head { head, size });
             }
+            if let Some(inflight) = &mut self.inflight {
+                inflight.record.take(head);
+            }
             each(chain, &self.completions);
+            popped += 1;
+        }
+        Ok(popped)
+    }
+
+    /// Takes chains that a predecessor had taken. They are marked already, and keep their place in
+    /// the order until they are published.
+    fn replay(
+        &mut self,
+        memory: &GuestMemoryMmap,
+        mut room: impl FnMut() -> bool,
+        mut each: impl FnMut(DescriptorChain<&GuestMemoryMmap>, &Rc<Completions>),
+    ) -> Result<usize, RingError> {
+        let Some(inflight) = &mut self.inflight else { return Ok(0) };
+        let mut popped = 0;
+        while room()
+            && let Some(head) = inflight.replay.pop_front()
+        {
+            replay::chain(head, self.queue.state(), memory, |chain| {
+                each(chain, &self.completions);
+            })?;
             popped += 1;
         }
         Ok(popped)
@@ -170,6 +230,10 @@ impl Ring {
             return;
         }
         tracing::error!("queue {}: {why}; it is not served any more", self.index);
+        // What was not taken again stays in the record.
+        if let Some(inflight) = &mut self.inflight {
+            inflight.replay.clear();
+        }
         if let Some(error) = &mut self.error {
             signal_file(error);
         }
@@ -201,8 +265,14 @@ impl Ring {
             memory.write_obj(element.to_le(), self.used(4 + slot * 8))?;
             new += 1;
         }
+        if let Some(inflight) = &self.inflight {
+            inflight.record.link(&self.done);
+        }
         memory.store(new.0.to_le(), self.used(2), Ordering::Release)?;
         self.queue.set_next_used(new.0);
+        if let Some(inflight) = &self.inflight {
+            inflight.record.finish(&self.done, new.0);
+        }
         if self.wants_notification(memory, old, new)? {
             self.signal();
         }
@@ -235,6 +305,9 @@ impl Ring {
     /// # Errors
     /// When the ring is not in guest memory any more.
     pub fn arm(&mut self, memory: &GuestMemoryMmap) -> Result<bool, RingError> {
+        if self.is_replaying() {
+            return Ok(true);
+        }
         self.queue.enable_notification(memory).map_err(RingError::Available)
     }
 
@@ -259,6 +332,25 @@ impl Ring {
             tracing::debug!("queue {}: the guest cannot be told: {error}", self.index);
         }
     }
+}
+
+/// Puts a record in order and makes the ring go on where it says.
+fn recover(
+    index: usize,
+    mut record: Record,
+    queue: &mut Queue,
+    used: u16,
+    memory: &GuestMemoryMmap,
+) -> Result<Inflight, RingError> {
+    let available = queue.avail_idx(memory, Ordering::Acquire).map_err(RingError::Setup)?;
+    let recovered = record.recover(queue.size(), used, available.0)?;
+    let replay = recovered.replay;
+    if !replay.is_empty() {
+        let count = replay.len();
+        tracing::info!("queue {index}: {count} requests of a predecessor are taken up again");
+    }
+    queue.set_next_avail(recovered.next_available);
+    Ok(Inflight { record, replay })
 }
 
 /// Adds one to an eventfd that came as a file.

@@ -186,7 +186,7 @@ fn setup(driver: &Driver, event_idx: bool, has_flush: bool) -> RingSetup {
         avail_ring: driver.available_ring(),
         used_ring: driver.used_ring(),
     };
-    RingSetup { state, kick: None, call: None, error: None, has_flush }
+    RingSetup { state, kick: None, call: None, error: None, has_flush, inflight: None }
 }
 
 fn overlaps(one: &Range<u64>, other: &Range<u64>) -> bool {

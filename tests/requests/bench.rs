@@ -151,6 +151,7 @@ pub(crate) fn bench(options: Options) -> Bench<impl Future<Output = ()>> {
         call: Some(to_guest),
         error: Some(pass(&to_front_end)),
         has_flush: options.has_flush,
+        inflight: None,
     };
     worker.start(0, setup).expect("the ring is served");
     assert!(was_signalled(&call), "a ring that starts tells the guest to look");

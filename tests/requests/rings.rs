@@ -111,6 +111,7 @@ fn second_ring<F: Future<Output = ()>>(bench: &mut Bench<F>) -> (Driver, EventNo
         call: Some(call.try_clone().expect("a copy")),
         error: None,
         has_flush: true,
+        inflight: None,
     };
     bench.worker.start(1, setup).expect("the second ring is served");
     (driver, call)
@@ -160,7 +161,14 @@ fn rings_outside_memory_are_refused() {
     let mut bench = bench(Options::default());
     let good = Driver::new(&bench.memory, RINGS + 0x4_0000, 16).state(false);
     let start = |bench: &mut Bench<_>, state| {
-        let setup = RingSetup { state, kick: None, call: None, error: None, has_flush: true };
+        let setup = RingSetup {
+            state,
+            kick: None,
+            call: None,
+            error: None,
+            has_flush: true,
+            inflight: None,
+        };
         bench.worker.start(1, setup).map(drop)
     };
     let edge = (8 << 20) - 64;
@@ -215,7 +223,8 @@ fn stopping_waits_for_what_was_taken_and_leaves_the_rest() {
     // Somebody else goes on from there.
     let mut state = bench.driver.state(false);
     state.next_avail = taken;
-    let setup = RingSetup { state, kick: None, call: None, error: None, has_flush: true };
+    let setup =
+        RingSetup { state, kick: None, call: None, error: None, has_flush: true, inflight: None };
     bench.worker.start(0, setup).expect("it is served again");
     bench.run();
     assert_eq!(bench.driver.used().len(), usize::from(70 - taken));
@@ -366,7 +375,14 @@ fn operations_that_the_kernel_refused_are_handed_over_again() {
     let mut driver = Driver::new(&memory, RINGS, 16);
     let (kick, _kicker) = event();
     let state = driver.state(false);
-    let setup = RingSetup { state, kick: Some(kick), call: None, error: None, has_flush: true };
+    let setup = RingSetup {
+        state,
+        kick: Some(kick),
+        call: None,
+        error: None,
+        has_flush: true,
+        inflight: None,
+    };
     worker.start(0, setup).expect("the ring is served");
     driver.write(HEADER, &header(IN, 0));
     driver.send(&[(HEADER, 16, false), (DATA, 512, true), (STATUS, 1, true)]);
