@@ -41,6 +41,9 @@ pub struct Rules {
     pub read_only: bool,
     /// Whether a change must be durable before it is answered.
     pub write_through: bool,
+    /// Whether the guest lives on when this process dies: then a change must outlive it, too,
+    /// before it is answered.
+    pub outlives: bool,
 }
 
 /// A range that is erased.
@@ -96,6 +99,8 @@ pub struct Request {
     pub action: Action,
     /// Whether the change must be durable before it is answered.
     pub write_through: bool,
+    /// Whether the change must outlive this process before it is answered.
+    pub outlives: bool,
 }
 
 /// A chain that was taken apart.
@@ -187,7 +192,7 @@ pub fn parse(
         Err(refusal @ Refusal::Malformed(_)) => (Action::Refuse(refusal), 0),
         Err(refusal) => (Action::Refuse(refusal), walk.writable_bytes),
     };
-    let request = Request { action, write_through: rules.write_through };
+    let request = Request { action, write_through: rules.write_through, outlives: rules.outlives };
     Parsed { request, status, writable }
 }
 

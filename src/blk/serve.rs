@@ -115,5 +115,9 @@ async fn run(cx: &Context, request: Request) -> Result<()> {
     }
     // Without a write cache what is answered is durable (5.2.6.2), and a driver that does not know
     // FLUSH has no other way to make it so.
-    if request.write_through { image.flush(storage).await } else { Ok(()) }
+    if request.write_through {
+        return image.flush(storage).await;
+    }
+    // A guest that does not notice our death reads what it was told is written.
+    if request.outlives { image.hand_over(storage).await } else { Ok(()) }
 }

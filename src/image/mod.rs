@@ -278,6 +278,19 @@ impl Image {
         }
     }
 
+    /// Makes everything that was completed before outlive this process. What was written in place
+    /// does as it is; a change of the mapping is flushed, because tables reach the file in an order
+    /// that power cuts respect and in no other.
+    ///
+    /// # Errors
+    /// As [`Image::flush`].
+    pub async fn hand_over(&self, st: &dyn Storage) -> Result<()> {
+        match self.chain.top() {
+            Layer::Qcow2(image) if !self.read_only && image.is_behind() => self.flush(st).await,
+            _ => Ok(()),
+        }
+    }
+
     /// Flushes and gives back what was only reserved. The image must not be used afterwards.
     ///
     /// # Errors

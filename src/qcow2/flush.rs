@@ -38,10 +38,12 @@ impl Qcow2 {
             return self.check_poison();
         };
         self.check_poison()?;
+        let links = self.links.load(Ordering::Acquire);
         if let Err(error) = self.write_back(st).await {
             self.poison(&error);
             return Err(error);
         }
+        self.stored_links.fetch_max(links, Ordering::AcqRel);
         lead.finish();
         // Whoever waited goes on; what the flush has freed is this caller's to tidy up.
         if let Err(error) = self.reclaim(st).await {
@@ -49,6 +51,12 @@ impl Qcow2 {
             return Err(error);
         }
         Ok(())
+    }
+
+    /// Whether a process that dies now takes a change of the mapping along that is only in its
+    /// memory. Bytes in their places are the kernel's as soon as they are written.
+    pub fn is_behind(&self) -> bool {
+        self.stored_links.load(Ordering::Acquire) < self.links.load(Ordering::Acquire)
     }
 
     async fn write_back(&self, st: &dyn Storage) -> Result<()> {

@@ -113,6 +113,9 @@ pub struct Qcow2 {
     bitmaps: Bitmaps,
     epochs: Epochs,
     flush: FlushGate,
+    /// Changes of L2 entries so far, and how many of them are in the file.
+    links: AtomicU64,
+    stored_links: AtomicU64,
     /// Where compressed clusters go, and what was inflated of those that are there.
     packer: Packer,
     inflated: Arc<Inflated>,

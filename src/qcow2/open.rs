@@ -126,6 +126,8 @@ impl Qcow2 {
             bitmaps: Bitmaps::None,
             epochs: Epochs::new(),
             flush: FlushGate::default(),
+            links: AtomicU64::new(0),
+            stored_links: AtomicU64::new(0),
             packer: Packer::default(),
             inflated: Arc::new(Inflated::new(InflatedBytes(0))),
             image_dirty: AtomicBool::new(false),

@@ -206,6 +206,8 @@ impl Qcow2 {
         while self.l2.update(slice, change).is_none() {
             self.load_slice(st, first).await?;
         }
+        // Counted after the change, so that a flush which knows of it holds it.
+        self.links.fetch_add(1, Ordering::AcqRel);
         Ok(())
     }
 
