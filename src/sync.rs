@@ -4,7 +4,9 @@
 //! checker's types can take their place: `tests/schedules` and `tests/memory-order` compile the
 //! same source files beside a `sync` module of their own.
 
-pub use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering, fence};
+pub use std::sync::atomic::{
+    AtomicBool, AtomicU8, AtomicU32, AtomicU64, AtomicUsize, Ordering, fence,
+};
 pub use std::sync::{Arc, Mutex, MutexGuard, OnceLock, RwLock};
 
 /// log2 of the fan-out of trees of atomics that fill as they are used. It stands here because a

@@ -10,8 +10,12 @@ mod front_end;
 mod guest;
 #[path = "session/handshakes.rs"]
 mod handshakes;
+#[path = "session/logging.rs"]
+mod logging;
 #[path = "session/server.rs"]
 mod server;
+#[path = "session/snapshots.rs"]
+mod snapshots;
 #[path = "session/turns.rs"]
 mod turns;
 

@@ -76,6 +76,9 @@ impl Connection {
     /// reason to leave the guest without its disk, unless the front-end waits for an answer that
     /// nobody can give.
     fn serve(&mut self, header: Header) -> Result<(), String> {
+        if header.known() == Some(FrontendReq::SET_LOG_FD) {
+            return self.take_log_descriptor(header);
+        }
         lock(&self.session).take_entered();
         let Err(failure) = self.handler.handle_request() else { return Ok(()) };
         match failure {
@@ -106,10 +109,22 @@ impl Connection {
             return Err(format!("{} cannot be answered: {why}", name(header)));
         }
         tracing::warn!("{} is refused: {why}", name(header));
+        self.acknowledge(header, 1)
+    }
+
+    /// Answers a request that has no answer of its own, if the front-end waits for that.
+    fn acknowledge(&self, header: Header, failure: u64) -> Result<(), String> {
         if header.needs_acknowledgement() && lock(&self.session).acknowledges() {
-            return header.refuse(&self.socket).map_err(|error| error.to_string());
+            return header.acknowledge(&self.socket, failure).map_err(|error| error.to_string());
         }
         Ok(())
+    }
+
+    /// SET_LOG_FD, which the crate does not know. The descriptor is closed: nobody has to be told
+    /// of pages in the log, because front-ends look at it whenever they copy memory.
+    fn take_log_descriptor(&self, header: Header) -> Result<(), String> {
+        header.discard(&self.socket).map_err(|error| error.to_string())?;
+        self.acknowledge(header, 0)
     }
 }
 

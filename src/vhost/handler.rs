@@ -16,7 +16,7 @@ use crate::blk::{FEATURE_EVENT_IDX, FEATURE_FLUSH, write_cache};
 use crate::error::Error;
 use crate::vhost::memory::{MAX_SLOTS, MemoryTable};
 use crate::vhost::ring::{Addresses, Ring};
-use crate::vhost::session::{PROTOCOL_FEATURES, Session, offered_protocol_features, refuse};
+use crate::vhost::session::{FRONT_END_FEATURES, Session, offered_protocol_features, refuse};
 
 impl VhostUserBackendReqHandlerMut for Session {
     fn set_owner(&mut self) -> Answer<()> {
@@ -46,21 +46,23 @@ impl VhostUserBackendReqHandlerMut for Session {
     fn get_features(&mut self) -> Answer<u64> {
         self.entered = true;
         self.knows_features = true;
-        Ok(self.export.device().features() | PROTOCOL_FEATURES)
+        Ok(self.export.device().features() | FRONT_END_FEATURES)
     }
 
     fn set_features(&mut self, features: u64) -> Answer<()> {
         self.entered = true;
-        let unknown = features & !(self.export.device().features() | PROTOCOL_FEATURES);
+        let unknown = features & !(self.export.device().features() | FRONT_END_FEATURES);
         if unknown != 0 {
             let why = format!("{unknown:#x} were not offered");
             return Err(refuse(Error::refused("virtio features", why)));
         }
+        self.check_log(features)?;
         let changed = self.features ^ features;
         self.features = features;
         if changed & (FEATURE_EVENT_IDX | FEATURE_FLUSH) != 0 {
             self.stop_all();
         }
+        self.settle_log();
         self.settle_all();
         Ok(())
     }
@@ -93,15 +95,19 @@ impl VhostUserBackendReqHandlerMut for Session {
     fn set_vring_addr(
         &mut self,
         index: u32,
-        _flags: VhostUserVringAddrFlags,
+        flags: VhostUserVringAddrFlags,
         descriptors: u64,
         used: u64,
         available: u64,
-        _log: u64,
+        log: u64,
     ) -> Answer<()> {
         let addresses = Addresses { descriptors, available, used };
         let (index, ring) = self.ring(index)?;
-        if ring.addresses() == Some(addresses) && ring.running {
+        let is_logged = flags.contains(VhostUserVringAddrFlags::VHOST_VRING_F_LOG);
+        ring.used_log = is_logged.then_some(log);
+        let stays = ring.addresses() == Some(addresses) && ring.running;
+        self.settle_log();
+        if stays {
             return Ok(());
         }
         self.change(index, |ring| ring.set_addresses(addresses))
@@ -273,23 +279,24 @@ impl VhostUserBackendReqHandlerMut for Session {
 
     fn set_device_state_fd(
         &mut self,
-        _direction: VhostTransferStateDirection,
+        direction: VhostTransferStateDirection,
         _phase: VhostTransferStatePhase,
-        _file: File,
+        file: File,
     ) -> Answer<Option<File>> {
-        not_offered()
+        self.begin_transfer(direction, file).map(|()| None)
     }
 
     fn check_device_state(&mut self) -> Answer<()> {
-        not_offered()
+        self.end_transfer()
     }
 
     fn get_shmem_config(&mut self) -> Answer<VhostUserShMemConfig> {
         not_offered()
     }
 
-    fn set_log_base(&mut self, _log: &VhostUserLog, _file: File) -> Answer<()> {
-        not_offered()
+    fn set_log_base(&mut self, log: &VhostUserLog, file: File) -> Answer<()> {
+        self.entered = true;
+        self.set_log(log, file)
     }
 }
 

@@ -145,16 +145,16 @@ impl Header {
         socket.read_exact(&mut vec![0; self.len()])
     }
 
-    /// Answers that the request was not carried out.
+    /// Answers whether the request was carried out: 0 is success.
     ///
     /// # Errors
     /// When the connection is broken.
-    pub(super) fn refuse(&self, mut socket: &UnixStream) -> io::Result<()> {
+    pub(super) fn acknowledge(&self, mut socket: &UnixStream, failure: u64) -> io::Result<()> {
         let mut reply = Vec::with_capacity(HEADER_BYTES + 8);
         for word in [self.request, VERSION | REPLY, 8] {
             reply.extend(word.to_ne_bytes());
         }
-        reply.extend(1u64.to_ne_bytes());
+        reply.extend(failure.to_ne_bytes());
         socket.write_all(&reply)
     }
 }

@@ -9,10 +9,12 @@ pub mod export;
 mod handler;
 mod inflight;
 pub mod listen;
+mod log;
 pub mod memory;
 mod message;
 mod ring;
 pub mod session;
+mod transfer;
 
 use std::os::fd::AsRawFd;
 use std::time::Duration;

@@ -35,6 +35,8 @@ pub(super) struct Ring {
     /// The front-end has sent a kick descriptor, or has said that there is none.
     started: bool,
     error: Option<File>,
+    /// The guest address at which writes to the used ring are logged.
+    pub(super) used_log: Option<u64>,
     /// A worker serves it.
     pub(super) running: bool,
 }
@@ -51,6 +53,7 @@ impl Ring {
             told_base: None,
             started: false,
             error: None,
+            used_log: None,
             running: false,
         }
     }
@@ -62,7 +65,7 @@ impl Ring {
         self.vring.set_kick(None);
         self.addresses = None;
         (self.has_size, self.has_base, self.started) = (false, false, false);
-        self.told_base = None;
+        (self.told_base, self.used_log) = (None, None);
     }
 
     pub(super) fn set_size(&mut self, size: u32) -> Result<()> {

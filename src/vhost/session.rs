@@ -5,6 +5,8 @@
 //! workers agree with it. A ring is always drained before it is given back: on GET_VRING_BASE,
 //! SET_VRING_ENABLE 0, RESET_DEVICE, a change of memory, and the end of the connection.
 
+use std::fs::File;
+
 use vhost::vhost_user::message::{VhostUserProtocolFeatures, VhostUserVirtioFeatures};
 use vhost::vhost_user::{Error as Refusal, Result as Answer};
 
@@ -13,12 +15,15 @@ use crate::error::Error;
 use crate::sync::Arc;
 use crate::vhost::export::Export;
 use crate::vhost::inflight::Region;
+use crate::vhost::log::{LOG_ALL, Log};
 use crate::vhost::memory::MemoryTable;
 use crate::vhost::ring::Ring;
 use crate::worker::pool::Pool;
 
 /// The bit that says whether a front-end knows protocol features, and with them enabled rings.
-pub(super) const PROTOCOL_FEATURES: u64 = VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
+const PROTOCOL_FEATURES: u64 = VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
+/// The virtio feature bits that are the front-end's and not the driver's.
+pub(super) const FRONT_END_FEATURES: u64 = PROTOCOL_FEATURES | LOG_ALL;
 
 /// What this back-end can do beyond the basic protocol.
 pub(super) fn offered_protocol_features() -> VhostUserProtocolFeatures {
@@ -26,6 +31,8 @@ pub(super) fn offered_protocol_features() -> VhostUserProtocolFeatures {
         | VhostUserProtocolFeatures::REPLY_ACK
         | VhostUserProtocolFeatures::CONFIG
         | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
+        | VhostUserProtocolFeatures::LOG_SHMFD
+        | VhostUserProtocolFeatures::DEVICE_STATE
         | VhostUserProtocolFeatures::RESET_DEVICE
         | VhostUserProtocolFeatures::INFLIGHT_SHMFD
 }
@@ -40,6 +47,9 @@ pub struct Session {
     pub(super) rings: Vec<Ring>,
     pub(super) memory: MemoryTable,
     pub(super) inflight: Option<Region>,
+    pub(super) log: Log,
+    /// The channel through which a state is loaded.
+    pub(super) loading: Option<File>,
     pub(super) features: u64,
     pub(super) protocol: u64,
     /// The front-end has asked for the features: acknowledgements depend on it.
@@ -72,6 +82,8 @@ impl Session {
             rings,
             memory: MemoryTable::default(),
             inflight: None,
+            log: Log::default(),
+            loading: None,
             features: 0,
             protocol: 0,
             knows_features: false,
@@ -97,8 +109,9 @@ impl Session {
             return;
         }
         if let Some(mut pool) = self.pool.take() {
-            // The guest's memory is not kept longer than its rings.
+            // The guest's memory and its log are not kept longer than its rings.
             pool.set_memory(MemoryTable::default().memory());
+            pool.set_logging(None);
             self.export.put(pool);
         }
     }
@@ -108,6 +121,7 @@ impl Session {
         if self.pool.is_none() {
             let mut pool = self.export.take()?;
             pool.set_memory(self.memory.memory());
+            pool.set_logging(self.logging());
             pool.device().set_write_back(self.write_back);
             self.pool = Some(pool);
         }

@@ -9,6 +9,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::blk::serve::Context;
 use crate::sync::Arc;
+use crate::worker::dirty::Logging;
 use crate::worker::poller::{Poller, Trigger};
 use crate::worker::queue::{RingError, RingSetup};
 use crate::worker::{GuestMemory, TASKS, Worker, worker};
@@ -58,6 +59,13 @@ pub enum Command {
         /// The memory.
         memory: Arc<GuestMemory>,
         /// Done.
+        reply: Sender<()>,
+    },
+    /// Log writes to the guest's memory, elsewhere, or no longer. Rings are drained before it begins.
+    SetLogging {
+        /// Where.
+        logging: Option<Arc<Logging>>,
+        /// Done: nothing is marked in the old log any more.
         reply: Sender<()>,
     },
     /// End the thread, once nothing is under way.
@@ -160,6 +168,10 @@ impl<F: Future<Output = ()>> Thread<F> {
             }
             Command::SetMemory { memory, reply } => {
                 self.worker.set_memory(memory);
+                let _ = reply.send(());
+            }
+            Command::SetLogging { logging, reply } => {
+                self.worker.set_logging(logging);
                 let _ = reply.send(());
             }
             Command::Exit => self.exit = true,

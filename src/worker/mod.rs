@@ -6,6 +6,7 @@
 //! chains, finish those that were taken, publish them, then answer. Nothing is ever cancelled.
 
 pub mod inflight;
+pub mod dirty;
 pub mod mailbox;
 pub mod poller;
 pub mod pool;
@@ -24,6 +25,7 @@ use crate::blk::token::{Token, Used};
 use crate::exec::TaskSet;
 use crate::storage::Engine;
 use crate::sync::Arc;
+use crate::worker::dirty::Logging;
 use crate::worker::queue::{Ring, RingError, RingSetup};
 
 /// Most requests under way in one worker. More than any ring that a front-end sets up by default;
@@ -88,6 +90,8 @@ pub struct Worker<F> {
     tasks: TaskSet<F>,
     rings: Vec<Ring>,
     memory: Arc<GuestMemory>,
+    /// Where writes to the guest's memory are logged.
+    logging: Option<Arc<Logging>>,
     /// What a buffer in guest memory holds on to.
     keep: Rc<dyn Any>,
     /// Which ring is looked at first; it moves on with each turn.
@@ -117,6 +121,7 @@ pub fn worker(
         rings: Vec::new(),
         keep: Rc::new(Arc::clone(&memory)),
         memory,
+        logging: None,
         first: 0,
         refused: false,
     }
@@ -145,12 +150,26 @@ impl<F: Future<Output = ()>> Worker<F> {
         self.memory = memory;
     }
 
+    /// Logs writes to the guest's memory from now on, elsewhere, or no longer. To begin, all rings
+    /// must be drained.
+    pub fn set_logging(&mut self, logging: Option<Arc<Logging>>) {
+        self.logging = logging;
+        let logging = self.logging.as_deref();
+        self.rings.iter_mut().for_each(|ring| log_to(logging, ring));
+    }
+
+    /// Whether writes to the guest's memory are logged.
+    pub fn is_logging(&self) -> bool {
+        self.logging.is_some()
+    }
+
     /// Begins to serve a ring.
     ///
     /// # Errors
     /// When it cannot be served as it is described.
     pub fn start(&mut self, index: usize, setup: RingSetup) -> Result<&Ring, RingError> {
-        let ring = Ring::new(index, setup, self.memory.map())?;
+        let mut ring = Ring::new(index, setup, self.memory.map())?;
+        log_to(self.logging.as_deref(), &mut ring);
         self.rings.push(ring);
         Ok(self.rings.last().expect("it was pushed just now"))
     }
@@ -277,6 +296,11 @@ impl<F: Future<Output = ()>> Worker<F> {
             ring.quieten(self.memory.map());
         }
     }
+}
+
+fn log_to(logging: Option<&Logging>, ring: &mut Ring) {
+    let used = logging.and_then(|logging| *logging.used.get(ring.index)?);
+    ring.set_log(logging.map(|logging| &logging.log), used);
 }
 
 impl<F> Drop for Worker<F> {

@@ -133,6 +133,26 @@ pub fn is_hung_up(socket: &impl AsFd) -> bool {
     answers > 0
 }
 
+/// Whether something can be read, or the other end is closed, within so many milliseconds.
+pub fn is_readable(source: &impl AsFd, timeout_ms: i32) -> bool {
+    let (fd, events) = (raw(&source.as_fd()), libc::POLLIN);
+    let mut question = libc::pollfd { fd, events, revents: 0 };
+    // SAFETY: there is one question, which lives across the call.
+    let answers = unsafe { libc::poll(&raw mut question, 1, timeout_ms) };
+    answers > 0
+}
+
+/// Lets nobody wait who reads from a descriptor or writes to it.
+///
+/// # Errors
+/// What the kernel answered.
+pub fn set_nonblocking(target: &impl AsFd) -> io::Result<()> {
+    let yes: libc::c_int = 1;
+    // SAFETY: FIONBIO reads one int from the given address.
+    let result = unsafe { libc::ioctl(raw(&target.as_fd()), libc::FIONBIO, &raw const yes) };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
 fn raw(fd: &BorrowedFd<'_>) -> RawFd {
     fd.as_raw_fd()
 }

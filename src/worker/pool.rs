@@ -15,6 +15,7 @@ use crate::error::{Error, Result};
 use crate::storage::Engine;
 use crate::sync::Arc;
 use crate::worker::GuestMemory;
+use crate::worker::dirty::Logging;
 use crate::worker::mailbox::{self, Command};
 use crate::worker::queue::{RingError, RingSetup};
 
@@ -26,6 +27,7 @@ pub struct Pool {
     device: Arc<Device>,
     engines: EngineSource,
     memory: Arc<GuestMemory>,
+    logging: Option<Arc<Logging>>,
     workers: Vec<Option<Handle>>,
 }
 
@@ -62,7 +64,7 @@ impl Pool {
     /// A pool of at most `threads` workers, none of which runs yet.
     pub fn new(device: Arc<Device>, engines: EngineSource, threads: usize) -> Self {
         let workers = (0..threads.max(1)).map(|_| None).collect();
-        Self { device, engines, memory: Arc::default(), workers }
+        Self { device, engines, memory: Arc::default(), logging: None, workers }
     }
 
     /// The device that the workers serve.
@@ -81,6 +83,7 @@ impl Pool {
             let handle = self.spawn(place).map_err(|error| error.within(context()))?;
             self.workers[place] = Some(handle);
             self.set_memory_of(place);
+            self.set_logging_of(place);
         }
         let handle = self.workers[place].as_ref().expect("it was started just now");
         let setup = Box::new(setup);
@@ -127,6 +130,26 @@ impl Pool {
         if let Some(worker) = &self.workers[place] {
             let memory = Arc::clone(&self.memory);
             let done = worker.ask(|reply| Command::SetMemory { memory, reply });
+            done.recv().expect("a worker answers");
+        }
+    }
+
+    /// Lets all workers log their writes to the guest's memory, elsewhere, or no longer; returns
+    /// when none uses the old log. To begin, all rings must be stopped.
+    pub fn set_logging(&mut self, logging: Option<Arc<Logging>>) {
+        self.logging = logging;
+        (0..self.workers.len()).for_each(|place| self.set_logging_of(place));
+    }
+
+    /// What the workers log to.
+    pub fn logging(&self) -> Option<&Arc<Logging>> {
+        self.logging.as_ref()
+    }
+
+    fn set_logging_of(&self, place: usize) {
+        if let Some(worker) = &self.workers[place] {
+            let logging = self.logging.clone();
+            let done = worker.ask(|reply| Command::SetLogging { logging, reply });
             done.recv().expect("a worker answers");
         }
     }

@@ -12,7 +12,8 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryError, GuestMemoryMmap};
 use vmm_sys_util::event::{EventConsumer, EventNotifier};
 
 use crate::blk::token::{Completions, Used};
-use crate::sync::{Ordering, fence};
+use crate::sync::{Arc, Ordering, fence};
+use crate::worker::dirty::{DirtyLog, RingLog};
 use crate::worker::inflight::{Record, RecordError};
 use crate::worker::replay;
 
@@ -85,6 +86,8 @@ pub struct Ring {
     pub(super) completions: Rc<Completions>,
     done: Vec<Used>,
     inflight: Option<Inflight>,
+    /// While the guest migrates: what is written is marked there.
+    log: Option<RingLog>,
 }
 
 /// What is kept for a successor, and what a predecessor has left.
@@ -129,6 +132,7 @@ impl Ring {
             completions: Rc::default(),
             done: Vec::new(),
             inflight,
+            log: None,
         };
         ring.quieten(memory);
         // Somebody may have published chains without having been able to tell the guest.
@@ -174,6 +178,22 @@ impl Ring {
         self.error = error;
     }
 
+    /// Marks what is written from now on in a log, or in none. A ring that begins to log must be
+    /// drained: of chains that were taken before nobody has remembered what they write. Its used
+    /// ring is logged at `used`, or else where it lies.
+    pub fn set_log(&mut self, log: Option<&Arc<DirtyLog>>, used: Option<u64>) {
+        let used = used.unwrap_or(self.queue.used_ring());
+        match (&mut self.log, log.cloned()) {
+            (Some(own), Some(log)) => own.replace(log, used),
+            (own, log) => {
+                debug_assert!(log.is_none() || self.completions.under_way() == 0);
+                *own = log.map(|log| RingLog::new(log, used, self.queue.size()));
+            }
+        }
+        // The ring may have been quietened just before.
+        self.log.iter().for_each(RingLog::mark_wish);
+    }
+
     /// Takes up to `room` chains and gives each to `each`; returns how many. Everything about the
     /// ring that makes no sense breaks it for good: the front-end is told and no more is taken.
     pub fn pop(
@@ -197,6 +217,9 @@ impl Ring {
             if let Some(inflight) = &mut self.inflight {
                 inflight.record.take(head);
             }
+            if let Some(log) = &mut self.log {
+                log.take(&chain);
+            }
             each(chain, &self.completions);
             popped += 1;
         }
@@ -217,6 +240,9 @@ impl Ring {
             && let Some(head) = inflight.replay.pop_front()
         {
             replay::chain(head, self.queue.state(), memory, |chain| {
+                if let Some(log) = &mut self.log {
+                    log.take(&chain);
+                }
                 each(chain, &self.completions);
             })?;
             popped += 1;
@@ -256,6 +282,9 @@ impl Ring {
     }
 
     fn put_used(&mut self, memory: &GuestMemoryMmap) -> Result<(), RingError> {
+        if let Some(log) = &mut self.log {
+            log.mark_done(&self.done);
+        }
         let old = Wrapping(self.queue.next_used());
         let mut new = old;
         for used in &self.done {
@@ -272,6 +301,9 @@ impl Ring {
         self.queue.set_next_used(new.0);
         if let Some(inflight) = &self.inflight {
             inflight.record.finish(&self.done, new.0);
+        }
+        if let Some(log) = &self.log {
+            log.mark_used(old.0, self.done.len());
         }
         if self.wants_notification(memory, old, new)? {
             self.signal();
@@ -308,7 +340,9 @@ impl Ring {
         if self.is_replaying() {
             return Ok(true);
         }
-        self.queue.enable_notification(memory).map_err(RingError::Available)
+        let available = self.queue.enable_notification(memory).map_err(RingError::Available);
+        self.log.iter().for_each(RingLog::mark_wish);
+        available
     }
 
     /// Asks for no kicks while the worker is awake. With EVENT_IDX there are none as it is, because
@@ -318,6 +352,7 @@ impl Ring {
             let flags = (VRING_USED_F_NO_NOTIFY as u16).to_le();
             // It is a hint; a ring that went away is found out where it matters.
             let _ = memory.store(flags, self.used(0), Ordering::Relaxed);
+            self.log.iter().for_each(RingLog::mark_wish);
         }
     }
 

@@ -17,6 +17,8 @@ pub(crate) mod request {
     pub(crate) const SET_OWNER: u32 = 3;
     pub(crate) const RESET_OWNER: u32 = 4;
     pub(crate) const SET_MEM_TABLE: u32 = 5;
+    pub(crate) const SET_LOG_BASE: u32 = 6;
+    pub(crate) const SET_LOG_FD: u32 = 7;
     pub(crate) const SET_VRING_NUM: u32 = 8;
     pub(crate) const SET_VRING_ADDR: u32 = 9;
     pub(crate) const SET_VRING_BASE: u32 = 10;
@@ -35,18 +37,22 @@ pub(crate) mod request {
     pub(crate) const GET_MAX_MEM_SLOTS: u32 = 36;
     pub(crate) const ADD_MEM_REG: u32 = 37;
     pub(crate) const REM_MEM_REG: u32 = 38;
+    pub(crate) const SET_DEVICE_STATE_FD: u32 = 42;
+    pub(crate) const CHECK_DEVICE_STATE: u32 = 43;
 }
 
 use request as R;
 
-/// MQ, REPLY_ACK, CONFIG, RESET_DEVICE and CONFIGURE_MEM_SLOTS.
-pub(crate) const PROTOCOL: u64 = 1 | 1 << 3 | 1 << 9 | 1 << 13 | 1 << 15;
+/// MQ, LOG_SHMFD, REPLY_ACK, CONFIG, RESET_DEVICE, CONFIGURE_MEM_SLOTS and DEVICE_STATE.
+pub(crate) const PROTOCOL: u64 = 1 | 1 << 1 | 1 << 3 | 1 << 9 | 1 << 13 | 1 << 15 | 1 << 19;
 /// What the device must offer: SEG_MAX, BLK_SIZE, FLUSH, TOPOLOGY, CONFIG_WCE, MQ, DISCARD,
-/// WRITE_ZEROES, INDIRECT, EVENT_IDX, PROTOCOL_FEATURES and VERSION_1.
-pub(crate) const VIRTIO: u64 = 0x1_7000_7e44;
-/// What a driver takes here: all but EVENT_IDX, so that each request is told of.
+/// WRITE_ZEROES, LOG_ALL, INDIRECT, EVENT_IDX, PROTOCOL_FEATURES and VERSION_1.
+pub(crate) const VIRTIO: u64 = 0x1_7000_7e44 | LOG_ALL;
+/// The bit that turns the dirty log on.
+pub(crate) const LOG_ALL: u64 = 1 << 26;
+/// What a driver takes here: all but EVENT_IDX, so that each request is told of; nothing is logged.
 pub(crate) fn features() -> u64 {
-    VIRTIO & !(1 << 29)
+    VIRTIO & !(1 << 29 | LOG_ALL)
 }
 
 /// Where the guest's memory is in the front-end's address space.
@@ -160,15 +166,24 @@ impl FrontEnd {
     }
 
     pub(crate) fn addresses(&mut self, guest: &Guest, queue: u32) {
+        self.logged_addresses(guest, queue, None);
+    }
+
+    /// The same with the guest address at which the used ring is logged.
+    pub(crate) fn logged_addresses(&mut self, guest: &Guest, queue: u32, log: Option<u64>) {
         let ring = &guest.rings[queue as usize];
         let at = [ring.table, ring.used_ring(), ring.available_ring()];
-        self.raw_addresses(queue, at.map(|at| at - HIGH + USER));
+        self.send_addresses(queue, at.map(|at| at - HIGH + USER), log);
     }
 
     /// Descriptors, used ring and available ring, in the order of the message.
     pub(crate) fn raw_addresses(&mut self, queue: u32, at: [u64; 3]) {
-        let mut payload = [queue, 0].map(u32::to_ne_bytes).concat();
-        payload.extend(at.into_iter().chain([0]).flat_map(u64::to_ne_bytes));
+        self.send_addresses(queue, at, None);
+    }
+
+    fn send_addresses(&mut self, queue: u32, at: [u64; 3], log: Option<u64>) {
+        let mut payload = [queue, u32::from(log.is_some())].map(u32::to_ne_bytes).concat();
+        payload.extend(at.into_iter().chain(log.or(Some(0))).flat_map(u64::to_ne_bytes));
         self.tell(R::SET_VRING_ADDR, &payload);
     }
 

@@ -79,8 +79,8 @@ impl Guest {
         self.sent[queue] = 0;
     }
 
-    /// Makes one request available, without a kick.
-    pub(crate) fn send(&mut self, queue: usize, kind: u32, sector: u64, data: &[Piece]) {
+    /// Makes one request available, without a kick; gives the address of its status byte.
+    pub(crate) fn send(&mut self, queue: usize, kind: u32, sector: u64, data: &[Piece]) -> u64 {
         let place = (queue as u64 * 64 + self.sent[queue] % 64) * 16;
         self.sent[queue] += 1;
         let ring = &mut self.rings[queue];
@@ -90,6 +90,7 @@ impl Guest {
         pieces.extend(data);
         pieces.push((STATUS + place, 1, true));
         ring.send(&pieces);
+        STATUS + place
     }
 
     pub(crate) fn kick(&self, queue: usize) {
