@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
+use crate::qmp::Monitor;
 use crate::scratch::{Scratch, number_from_environment, target_directory};
 
 /// How long the guest may take from one mark on its console to the next.
@@ -38,14 +39,32 @@ impl Guest {
     /// `words` go to the kernel's command line, where the scripts of `integration/guest` read them.
     #[must_use]
     pub fn start(scratch: &Scratch, processors: usize, words: &str) -> Self {
-        let console = scratch.file("console.log");
-        let errors = scratch.file("qemu.log");
-        let output = |path: &Path| Stdio::from(File::create(path).expect("make a log"));
         let memory = number_from_environment("GUEST_MIB", 512);
-        let child = Command::new("qemu-system-x86_64")
+        let words = format!("console=ttyS0 quiet mitigations=off {words}");
+        Self::launch(scratch, "guest", memory, &built("initramfs"), |command| {
+            command.args(["-smp", &processors.to_string(), "-append", &words]);
+        })
+    }
+
+    /// Starts a virtual machine with so many MiB of memory on the disk at the scratch's socket,
+    /// with another initramfs and whatever `more` adds to QEMU's command line. Its logs are named
+    /// after `name`.
+    #[must_use]
+    pub fn launch(
+        scratch: &Scratch,
+        name: &str,
+        memory: u64,
+        initramfs: &Path,
+        more: impl FnOnce(&mut Command),
+    ) -> Self {
+        let console = scratch.file(&format!("{name}.console.log"));
+        let errors = scratch.file(&format!("{name}.qemu.log"));
+        let output = |path: &Path| Stdio::from(File::create(path).expect("make a log"));
+        let mut command = Command::new("qemu-system-x86_64");
+        command
             .args(["-nodefaults", "-no-user-config", "-display", "none", "-serial", "stdio"])
             .args(["-accel", "tcg", "-machine", "q35,memory-backend=memory"])
-            .args(["-smp", &processors.to_string(), "-m", &memory.to_string()])
+            .args(["-m", &memory.to_string()])
             .args(["-object", &format!("memory-backend-memfd,id=memory,size={memory}M,share=on")])
             .args(["-chardev", &format!("socket,id=disk,path={}", scratch.socket().display())])
             // Without num-queues QEMU asks for as many queues as there are processors.
@@ -53,14 +72,27 @@ impl Guest {
             .arg("-kernel")
             .arg(built("vmlinuz"))
             .arg("-initrd")
-            .arg(built("initramfs"))
-            .args(["-append", &format!("console=ttyS0 quiet mitigations=off {words}")])
+            .arg(initramfs);
+        more(&mut command);
+        let child = command
             .stdin(Stdio::null())
             .stdout(output(&console))
             .stderr(output(&errors))
             .spawn()
             .unwrap_or_else(|error| panic!("cannot start QEMU ({error}): run .ci/setup first"));
         Self { child, console, errors, seen: 0 }
+    }
+
+    /// A virtual machine that was started already: its process, where the guest's console goes, and
+    /// where its own messages go.
+    #[must_use]
+    pub fn of(child: Child, console: PathBuf, errors: PathBuf) -> Self {
+        Self { child, console, errors, seen: 0 }
+    }
+
+    /// Looks from now on at what the guest says later.
+    pub fn forget_console(&mut self) {
+        self.seen = self.console().len();
     }
 
     /// Waits until the guest says `mark` after everything it was waited for before, and returns
@@ -113,8 +145,32 @@ impl Guest {
         assert!(errors.is_empty(), "QEMU complained: {errors}");
     }
 
+    /// Ends QEMU through its monitor, whatever the guest does.
+    ///
+    /// # Panics
+    ///
+    /// Panics when QEMU does not end after the monitor was told to.
+    pub fn quit(mut self, monitor: &mut Monitor) {
+        monitor.run("quit");
+        self.wait_until_gone();
+    }
+
+    /// Waits until the monitor's process has ended in whatever way.
+    ///
+    /// # Panics
+    ///
+    /// Panics when it does not.
+    pub fn wait_until_gone(&mut self) {
+        let deadline = Instant::now() + PATIENCE;
+        while self.child.try_wait().expect("ask for QEMU's state").is_none() {
+            assert!(Instant::now() < deadline, "QEMU does not end");
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+
     /// Everything that the guest has said. A serial console is not always plain text.
-    fn console(&self) -> String {
+    #[must_use]
+    pub fn console(&self) -> String {
         String::from_utf8_lossy(&fs::read(&self.console).unwrap_or_default()).into_owned()
     }
 }

@@ -2,7 +2,7 @@
 //!
 //! A test lays out images with [`images`] in a [`scratch`] directory, serves one with [`daemon`],
 //! and attaches a front-end: the host-side virtio driver of [`client`] or a virtual machine of
-//! [`guest`]. [`model`] knows what every sector may hold; [`workload`] drives random requests
+//! [`guest`], which [`qmp`] steers and whose first program may be that of [`initramfs`]. [`model`] knows what every sector may hold; [`workload`] drives random requests
 //! through a client and holds each answer against the model; [`bulk`] writes and reads large
 //! ranges.
 
@@ -11,6 +11,8 @@ pub mod client;
 pub mod daemon;
 pub mod guest;
 pub mod images;
+pub mod initramfs;
 pub mod model;
+pub mod qmp;
 pub mod scratch;
 pub mod workload;

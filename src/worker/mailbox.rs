@@ -61,7 +61,7 @@ pub enum Command {
         /// Done.
         reply: Sender<()>,
     },
-    /// Log writes to the guest's memory, elsewhere, or no longer. Rings are drained before it begins.
+    /// Log writes to the guest's memory, elsewhere, or no longer. Rings are drained first.
     SetLogging {
         /// Where.
         logging: Option<Arc<Logging>>,
