@@ -197,7 +197,7 @@ mod tests {
         let log = log(2);
         for (at, len) in [(16 << 12, 1), (1 << 47, 4096), (u64::MAX, 1), (u64::MAX - 5, u64::MAX)] {
             log.mark(at, len);
-            assert_eq!(marked(&log), [], "{len} bytes at {at}");
+            assert_eq!(marked(&log), [0u64; 0], "{len} bytes at {at}");
         }
         log.mark(15 << 12, 1 << 40);
         log.mark(1 << 12, 1);
