@@ -28,6 +28,11 @@ impl Raw {
         self.size
     }
 
+    /// Says that the disk has so many bytes from now on, a multiple of 512.
+    pub fn set_size(&mut self, size: u64) {
+        self.size = size;
+    }
+
     /// The file the bytes lie in.
     pub fn file(&self) -> FileId {
         self.file

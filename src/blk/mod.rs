@@ -5,6 +5,7 @@
 pub mod complain;
 pub mod request;
 pub mod serve;
+pub mod stats;
 pub mod token;
 
 use virtio_bindings::virtio_blk::{
@@ -16,6 +17,8 @@ use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 
 use crate::image::Image;
+use crate::raw::Raw;
+use crate::storage::FileId;
 use crate::sync::{Arc, AtomicBool, Ordering};
 
 /// Bytes in a sector: the unit of every offset and length on the wire, whatever the block size.
@@ -82,6 +85,20 @@ impl Device {
     pub fn new(image: Arc<Image>, settings: Settings) -> Self {
         let write_back = AtomicBool::new(settings.write_back);
         Self { image, settings, write_back }
+    }
+
+    /// The same device over another image, or over the same after a change; what the guest has set
+    /// stays.
+    #[must_use]
+    pub fn with_image(&self, image: Arc<Image>) -> Self {
+        let write_back = AtomicBool::new(self.is_write_back());
+        Self { image, settings: self.settings.clone(), write_back }
+    }
+
+    /// The same device over a disk of no bytes, which stands in while nobody may hold the image.
+    #[must_use]
+    pub fn without_image(&self) -> Self {
+        self.with_image(Arc::new(Image::from_raw(Raw::new(FileId(u32::MAX), 0), true)))
     }
 
     /// The guest's disk.
@@ -194,8 +211,6 @@ fn bits(numbers: &[u32]) -> u64 {
 mod tests {
     use super::*;
     use crate::image::policy::{Discards, Policy};
-    use crate::raw::Raw;
-    use crate::storage::FileId;
 
     fn device(read_only: bool, settings: Settings) -> Device {
         let image = Image::from_raw(Raw::new(FileId(0), 10 << 20), read_only);

@@ -1,11 +1,11 @@
 //! One request, from its first look at the image to its answer.
 
-use std::cell::Cell;
 use std::fmt;
 use std::rc::Rc;
 
 use crate::blk::complain::Complaints;
 use crate::blk::request::{Action, Request, Segment};
+use crate::blk::stats::{Clock, Kind, Stats, count};
 use crate::blk::token::{Status, Token};
 use crate::blk::{Device, SERIAL_BYTES};
 use crate::error::Result;
@@ -20,6 +20,8 @@ pub struct Context {
     pub storage: Rc<dyn Engine>,
     /// What the worker has done.
     pub stats: Stats,
+    /// The time as its requests see it.
+    pub clock: Clock,
     /// Log lines that guests can cause.
     pub complaints: Complaints,
 }
@@ -33,41 +35,31 @@ impl fmt::Debug for Context {
 impl Context {
     /// A context for a worker that reaches the files through `storage`.
     pub fn new(device: Arc<Device>, storage: Rc<dyn Engine>) -> Self {
-        Self { device, storage, stats: Stats::default(), complaints: Complaints::default() }
+        Self {
+            device,
+            storage,
+            stats: Stats::default(),
+            clock: Clock::default(),
+            complaints: Complaints::default(),
+        }
     }
-}
-
-/// Counters of one worker; nobody else touches them, so that counting costs nothing.
-#[derive(Debug, Default)]
-pub struct Stats {
-    /// Reads that were answered.
-    pub reads: Cell<u64>,
-    /// Bytes that they asked for.
-    pub read_bytes: Cell<u64>,
-    /// Writes that were answered.
-    pub writes: Cell<u64>,
-    /// Bytes that they had.
-    pub written_bytes: Cell<u64>,
-    /// Flushes that were answered.
-    pub flushes: Cell<u64>,
-    /// Discards and write-zeroes that were answered.
-    pub erases: Cell<u64>,
-    /// Requests that were answered with an error.
-    pub errors: Cell<u64>,
-}
-
-fn count(counter: &Cell<u64>, amount: u64) {
-    counter.set(counter.get().wrapping_add(amount));
 }
 
 /// Serves one request and answers it.
 pub async fn serve(cx: Rc<Context>, request: Request, token: Token) {
+    let since = cx.clock.now_ns();
+    token.begin(since);
     if let Action::Refuse(refusal) = &request.action {
         count(&cx.stats.errors, 1);
         cx.complaints.warn("a request was refused", refusal);
         return token.complete(refusal.status());
     }
-    match run(&cx, request).await {
+    let kind = Kind::of(&request.action);
+    let result = run(&cx, request).await;
+    if let Some(kind) = kind {
+        cx.stats.took(kind, cx.clock.now_ns().saturating_sub(since));
+    }
+    match result {
         Ok(()) => token.complete(Status::Ok),
         Err(error) => {
             count(&cx.stats.errors, 1);

@@ -32,6 +32,8 @@ pub struct Used {
 pub struct Completions {
     list: RefCell<Vec<Used>>,
     under_way: Cell<usize>,
+    /// By first descriptor, when the request began, plus one; 0 when none is under way.
+    began: RefCell<Vec<u64>>,
     abandoned: Cell<bool>,
 }
 
@@ -45,6 +47,12 @@ impl Completions {
     /// How many requests have a token that is not completed.
     pub fn under_way(&self) -> usize {
         self.under_way.get()
+    }
+
+    /// When the oldest request that is under way began, on the clock of [`Token::begin`].
+    pub fn oldest(&self) -> Option<u64> {
+        let began = self.began.borrow();
+        began.iter().filter(|time| **time != 0).min().map(|time| time - 1)
     }
 
     /// Moves what is done with to the end of `target`.
@@ -86,6 +94,17 @@ impl Token {
         Self { to: Rc::clone(to), status, used, done: false }
     }
 
+    /// Remembers when the request began, on any clock of the caller's.
+    pub fn begin(&self, time: u64) {
+        let mut began = self.to.began.borrow_mut();
+        let place = usize::from(self.used.head);
+        if began.len() <= place {
+            // It grows to the size of the ring and no further.
+            began.resize(place + 1, 0);
+        }
+        began[place] = time.saturating_add(1);
+    }
+
     /// Answers the request: the status byte now, the used ring at the end of the worker's turn.
     pub fn complete(mut self, status: Status) {
         self.finish(status);
@@ -98,6 +117,9 @@ impl Token {
         }
         self.to.list.borrow_mut().push(self.used);
         self.to.under_way.set(self.to.under_way.get() - 1);
+        if let Some(began) = self.to.began.borrow_mut().get_mut(usize::from(self.used.head)) {
+            *began = 0;
+        }
     }
 }
 
@@ -130,6 +152,24 @@ mod tests {
         let mut list = Vec::new();
         completions.take(&mut list);
         assert_eq!((list.as_slice(), completions.under_way()), (&[USED][..], 0));
+    }
+
+    #[test]
+    fn the_oldest_request_under_way_is_known() {
+        let completions = Rc::new(Completions::default());
+        assert_eq!(completions.oldest(), None);
+        let tokens = [(4, 30), (0, 10), (9, 20)].map(|(head, time)| {
+            let token = Token::new(&completions, Used { head, len: 0 }, None);
+            token.begin(time);
+            token
+        });
+        let [late, early, middle] = tokens;
+        assert_eq!(completions.oldest(), Some(10));
+        early.complete(Status::Ok);
+        assert_eq!(completions.oldest(), Some(20));
+        middle.complete(Status::Ok);
+        late.complete(Status::Ok);
+        assert_eq!(completions.oldest(), None);
     }
 
     #[test]

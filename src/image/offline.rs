@@ -110,10 +110,22 @@ impl Image {
         }
     }
 
-    async fn resize(&mut self, st: &dyn Storage, size: u64, shrink: bool) -> Result<()> {
-        if let Layer::Raw(raw) = self.chain.top() {
-            return resize_raw(st, raw, self.read_only, size, shrink).await;
-        }
+    /// Gives the disk another size in bytes, a multiple of 512, as [`resize`] does; nothing else
+    /// uses it, which the exclusive reference says. Guests may go on with it afterwards.
+    ///
+    /// # Errors
+    /// As [`Qcow2::resize`]; the disk then has the size that [`Image::size`] tells, which is the old
+    /// one unless a shrink failed on its way to give space back.
+    pub async fn resize(&mut self, st: &dyn Storage, size: u64, shrink: bool) -> Result<()> {
+        let done = match self.chain.top() {
+            Layer::Raw(_) => self.resize_raw(st, size, shrink).await,
+            Layer::Qcow2(_) => self.resize_qcow2(st, size, shrink).await,
+        };
+        self.size = self.chain.top().size();
+        done
+    }
+
+    async fn resize_qcow2(&mut self, st: &dyn Storage, size: u64, shrink: bool) -> Result<()> {
         let backing_length = self.chain.0.get(1).map(Layer::size);
         let new = NewSize { size, shrink, backing_length };
         let top = self.top_qcow2()?;
@@ -123,7 +135,7 @@ impl Image {
             self.clear_tail(st, new).await?;
         }
         self.top_qcow2()?.resize(st, new).await?;
-        self.size = self.chain.top().size();
+        self.size = size;
         let top = self.top_qcow2()?;
         if size < old && !top.header().is_raw_data() {
             // Who makes the disk larger again may be a program that shows what it finds there. A
@@ -132,6 +144,35 @@ impl Image {
             self.top_qcow2()?.close(st).await?;
         }
         Ok(())
+    }
+
+    async fn resize_raw(&mut self, st: &dyn Storage, size: u64, shrink: bool) -> Result<()> {
+        let read_only = self.read_only;
+        let Some(Layer::Raw(raw)) = self.chain.0.first_mut() else {
+            unreachable!("checked by the caller")
+        };
+        let refuse = |why: String| Err(Error::refused("resize", why));
+        if read_only {
+            return refuse("it was opened read-only".to_owned());
+        }
+        if !size.is_multiple_of(512) {
+            return refuse(format!("{size} bytes is no multiple of 512"));
+        }
+        if size < raw.size() && !shrink {
+            return refuse(format!(
+                "the disk would shrink from {} to {size} bytes and lose what lies behind; say that \
+                 it may (--shrink) once the guest uses no more than that",
+                raw.size()
+            ));
+        }
+        if !st.limits(raw.file()).grows {
+            return fit_device(st, raw, size);
+        }
+        let failed = |source| Error::io("resizing the image", source);
+        let resized = st.submit(raw.file(), Purpose::Resize, Op::Resize { len: size }).await;
+        resized.map_err(failed)?;
+        raw.set_size(size);
+        raw.flush(st).await
     }
 
     /// Fills the last cluster with zeros behind the disk's end, where it holds older bytes or would
@@ -149,32 +190,17 @@ impl Image {
     }
 }
 
-async fn resize_raw(
-    st: &dyn Storage,
-    raw: &Raw,
-    read_only: bool,
-    size: u64,
-    shrink: bool,
-) -> Result<()> {
-    let refuse = |why: String| Err(Error::refused("resize", why));
-    if read_only {
-        return refuse("it was opened read-only".to_owned());
+/// Takes into use what a block device has become: its size is its own, and is changed elsewhere.
+fn fit_device(st: &dyn Storage, raw: &mut Raw, size: u64) -> Result<()> {
+    let failed = |source| Error::io("asking for the block device's size", source);
+    let length = st.length(raw.file()).map_err(failed)?;
+    if size > length {
+        let why = format!(
+            "a block device has a size of its own, and this one has {length} bytes; make it larger \
+             first"
+        );
+        return Err(Error::refused("resize", why));
     }
-    if !size.is_multiple_of(512) {
-        return refuse(format!("{size} bytes is no multiple of 512"));
-    }
-    if !st.limits(raw.file()).grows {
-        return refuse("a block device has a size of its own".to_owned());
-    }
-    if size < raw.size() && !shrink {
-        return refuse(format!(
-            "the disk would shrink from {} to {size} bytes and lose what lies behind; say that it \
-             may (--shrink) once the guest uses no more than that",
-            raw.size()
-        ));
-    }
-    let failed = |source| Error::io("resizing the image", source);
-    let grown = st.submit(raw.file(), Purpose::Resize, Op::Resize { len: size }).await;
-    grown.map_err(failed)?;
-    st.submit(raw.file(), Purpose::SyncData, Op::Sync).await.map_err(failed)
+    raw.set_size(size);
+    Ok(())
 }

@@ -7,12 +7,13 @@ use std::sync::mpsc::{Receiver, Sender};
 use vmm_sys_util::event::EventNotifier;
 use vmm_sys_util::eventfd::EventFd;
 
+use crate::blk::Device;
 use crate::blk::serve::Context;
 use crate::sync::Arc;
 use crate::worker::dirty::Logging;
 use crate::worker::poller::{Poller, Trigger};
 use crate::worker::queue::{RingError, RingSetup};
-use crate::worker::{GuestMemory, TASKS, Worker, worker};
+use crate::worker::{GuestMemory, Report, TASKS, Worker, worker};
 
 /// How long a worker that nothing would wake sleeps at most, in milliseconds.
 const POLL_INTERVAL_MS: i32 = 1;
@@ -67,6 +68,18 @@ pub enum Command {
         logging: Option<Arc<Logging>>,
         /// Done: nothing is marked in the old log any more.
         reply: Sender<()>,
+    },
+    /// Serve another device, or the same one with another image. No ring is served.
+    SetDevice {
+        /// The device.
+        device: Arc<Device>,
+        /// Nothing refers to the old one any more.
+        reply: Sender<()>,
+    },
+    /// Tell what was done so far.
+    Report {
+        /// The answer.
+        reply: Sender<Report>,
     },
     /// End the thread, once nothing is under way.
     Exit,
@@ -173,6 +186,13 @@ impl<F: Future<Output = ()>> Thread<F> {
             Command::SetLogging { logging, reply } => {
                 self.worker.set_logging(logging);
                 let _ = reply.send(());
+            }
+            Command::SetDevice { device, reply } => {
+                self.worker.set_device(device);
+                let _ = reply.send(());
+            }
+            Command::Report { reply } => {
+                let _ = reply.send(self.worker.report());
             }
             Command::Exit => self.exit = true,
         }

@@ -19,8 +19,10 @@ use std::rc::Rc;
 
 use vm_memory::{GuestMemoryMmap, MmapRegion};
 
+use crate::blk::Device;
 use crate::blk::request::{Request, Rules, parse};
 use crate::blk::serve::{Context, serve};
+use crate::blk::stats::Totals;
 use crate::blk::token::{Token, Used};
 use crate::exec::TaskSet;
 use crate::storage::Engine;
@@ -70,6 +72,26 @@ impl Progress {
     pub fn any(&self) -> bool {
         *self != Self::default()
     }
+}
+
+/// One queue as its worker sees it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct QueueReport {
+    /// The queue's number.
+    pub index: usize,
+    /// Requests that were taken and are not answered.
+    pub under_way: usize,
+    /// How long ago the oldest of them was taken, in nanoseconds.
+    pub oldest_ns: Option<u64>,
+}
+
+/// What a worker has done so far.
+#[derive(Debug, Clone, Default)]
+pub struct Report {
+    /// Its counters.
+    pub totals: Totals,
+    /// The queues it serves now.
+    pub queues: Vec<QueueReport>,
 }
 
 /// A ring that was stopped.
@@ -163,6 +185,28 @@ impl<F: Future<Output = ()>> Worker<F> {
         self.logging.is_some()
     }
 
+    /// Serves another device from now on, or the same one with another image.
+    ///
+    /// # Panics
+    /// When a request is under way: all rings must have been stopped.
+    pub fn set_device(&mut self, device: Arc<Device>) {
+        let context = Rc::get_mut(&mut self.context);
+        context.expect("no request is under way").device = device;
+    }
+
+    /// What the worker has done, and what is under way.
+    pub fn report(&self) -> Report {
+        self.context.clock.tick();
+        let now = self.context.clock.now_ns();
+        let queue = |ring: &Ring| QueueReport {
+            index: ring.index,
+            under_way: ring.completions.under_way(),
+            oldest_ns: ring.completions.oldest().map(|began| now.saturating_sub(began)),
+        };
+        let queues = self.rings.iter().map(queue).collect();
+        Report { totals: self.context.stats.totals(), queues }
+    }
+
     /// Begins to serve a ring.
     ///
     /// # Errors
@@ -205,6 +249,9 @@ impl<F: Future<Output = ()>> Worker<F> {
     pub fn turn(&mut self) -> Progress {
         let mut progress = Progress { reaped: self.storage().reap(), ..Progress::default() };
         progress.popped = self.pop();
+        if progress.reaped != 0 || progress.popped != 0 {
+            self.context.clock.tick();
+        }
         progress.polled = self.tasks.run_ready();
         progress.published = self.publish();
         let submitted = self.storage().submit_all();

@@ -14,10 +14,10 @@ use crate::blk::serve::Context;
 use crate::error::{Error, Result};
 use crate::storage::Engine;
 use crate::sync::Arc;
-use crate::worker::GuestMemory;
 use crate::worker::dirty::Logging;
 use crate::worker::mailbox::{self, Command};
 use crate::worker::queue::{RingError, RingSetup};
+use crate::worker::{GuestMemory, Report};
 
 /// Makes the engine of one worker, on that worker's thread; the argument is its lane.
 pub type EngineSource = Arc<dyn Fn(usize) -> Result<Box<dyn Engine>> + Send + Sync>;
@@ -152,6 +152,31 @@ impl Pool {
             let done = worker.ask(|reply| Command::SetLogging { logging, reply });
             done.recv().expect("a worker answers");
         }
+    }
+
+    /// Gives all workers another device, or the same one with another image; returns when none
+    /// holds the old one. No ring is served meanwhile.
+    pub fn set_device(&mut self, device: Arc<Device>) {
+        self.device = device;
+        for worker in self.workers.iter().flatten() {
+            let device = Arc::clone(&self.device);
+            let done = worker.ask(|reply| Command::SetDevice { device, reply });
+            done.recv().expect("a worker answers");
+        }
+    }
+
+    /// What the workers that run have done, by their number.
+    pub fn report(&self) -> Vec<(usize, Report)> {
+        let ask = |(place, worker): (usize, &Option<Handle>)| {
+            let worker = worker.as_ref()?;
+            Some((place, worker.ask(|reply| Command::Report { reply })))
+        };
+        // All of them look at the same time.
+        let answers: Vec<_> = self.workers.iter().enumerate().filter_map(ask).collect();
+        let take = |(place, answer): (usize, Receiver<Report>)| {
+            (place, answer.recv().expect("a worker answers"))
+        };
+        answers.into_iter().map(take).collect()
     }
 
     fn worker(&self, index: usize) -> Option<&Handle> {
