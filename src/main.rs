@@ -4,7 +4,8 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use vhost_user_qcow2::cli::logging::Logging;
-use vhost_user_qcow2::cli::{Arguments, CAPABILITIES, serve};
+use vhost_user_qcow2::cli::{Arguments, CAPABILITIES, Command, ctl, serve};
+use vhost_user_qcow2::error::Error;
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
@@ -12,12 +13,23 @@ fn main() -> ExitCode {
         println!("{CAPABILITIES}");
         return ExitCode::SUCCESS;
     }
+    if let Some(Command::Ctl(call)) = &arguments.command {
+        return match ctl::run(call) {
+            Ok(result) => {
+                println!("{result}");
+                ExitCode::SUCCESS
+            }
+            Err(error) => fail(&error),
+        };
+    }
     let logging = Logging::start(arguments.log_level.as_deref());
     match serve::run(&arguments, logging) {
         Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("{}", serve::complaint(&error));
-            ExitCode::FAILURE
-        }
+        Err(error) => fail(&error),
     }
+}
+
+fn fail(error: &Error) -> ExitCode {
+    eprintln!("{}", serve::complaint(error));
+    ExitCode::FAILURE
 }

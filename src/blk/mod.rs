@@ -87,18 +87,16 @@ impl Device {
         Self { image, settings, write_back }
     }
 
-    /// The same device over another image, or over the same after a change; what the guest has set
-    /// stays.
-    #[must_use]
-    pub fn with_image(&self, image: Arc<Image>) -> Self {
-        let write_back = AtomicBool::new(self.is_write_back());
-        Self { image, settings: self.settings.clone(), write_back }
-    }
-
-    /// The same device over a disk of no bytes, which stands in while nobody may hold the image.
+    /// The same device over a disk of no bytes, which stands in while the image is changed.
     #[must_use]
     pub fn without_image(&self) -> Self {
-        self.with_image(Arc::new(Image::from_raw(Raw::new(FileId(u32::MAX), 0), true)))
+        let nothing = Image::from_raw(Raw::new(FileId(u32::MAX), 0), true);
+        Self::new(Arc::new(nothing), self.settings.clone())
+    }
+
+    /// The guest's disk, if nothing else holds it.
+    pub fn image_mut(&mut self) -> Option<&mut Image> {
+        Arc::get_mut(&mut self.image)
     }
 
     /// The guest's disk.

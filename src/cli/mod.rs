@@ -1,6 +1,8 @@
 //! The command line.
 
 mod attach;
+mod control;
+pub mod ctl;
 pub mod logging;
 pub mod serve;
 pub mod size;
@@ -8,7 +10,7 @@ pub mod size;
 use std::path::{Path, PathBuf};
 
 use clap::builder::PossibleValuesParser;
-use clap::{Parser, ValueEnum};
+use clap::{Parser, Subcommand, ValueEnum};
 
 use crate::blk::{SERIAL_BYTES, Settings};
 use crate::error::Result;
@@ -27,6 +29,10 @@ Examples:
   Serve a raw image without the host's page cache:
     vhost-user-qcow2 --socket /tmp/vub.sock --image disk.raw --format raw --cache none
 
+  Make the disk of a running guest larger:
+    vhost-user-qcow2 --socket /tmp/vub.sock --image disk.qcow2 --control /tmp/ctl.sock &
+    vhost-user-qcow2 ctl --control /tmp/ctl.sock resize size=20G
+
 The arguments that attach the disk to QEMU and cloud-hypervisor are printed at start.
 SIGTERM and SIGINT finish what is under way, flush, remove the socket and end with status 0.";
 
@@ -34,7 +40,12 @@ SIGTERM and SIGINT finish what is under way, flush, remove the socket and end wi
 /// vhost-user-blk.
 #[derive(Debug, Clone, Parser)]
 #[command(name = "vhost-user-qcow2", version, after_help = EXAMPLES)]
+#[command(args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
 pub struct Arguments {
+    /// What to do other than to serve an image
+    #[command(subcommand)]
+    pub command: Option<Command>,
+
     /// The Unix socket to listen on
     #[arg(long, visible_alias = "socket-path", value_name = "PATH")]
     #[arg(required_unless_present = "print_capabilities")]
@@ -111,6 +122,10 @@ pub struct Arguments {
     #[arg(long, value_enum, default_value_t = FullMode::Report)]
     pub on_enospc: FullMode,
 
+    /// The Unix socket on which the disk can be looked at and resized, for `ctl`
+    #[arg(long, value_name = "PATH")]
+    pub control: Option<PathBuf>,
+
     /// How much to log: error, warn, info, debug or trace [default: info]; RUST_LOG overrides it
     #[arg(long, value_name = "LEVEL")]
     #[arg(value_parser = PossibleValuesParser::new(["error", "warn", "info", "debug", "trace"]))]
@@ -120,6 +135,13 @@ pub struct Arguments {
     /// Print what this back-end can do, as JSON, and end
     #[arg(long)]
     pub print_capabilities: bool,
+}
+
+/// What to do other than to serve an image.
+#[derive(Debug, Clone, Subcommand)]
+pub enum Command {
+    /// Ask a running daemon something, or change its disk
+    Ctl(ctl::Arguments),
 }
 
 /// An image's format.

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use signal_hook::consts::{SIGINT, SIGTERM};
 
 use crate::blk::Device;
+use crate::cli::control::Socket;
 use crate::cli::logging::Logging;
 use crate::cli::{Arguments, ImageFormat, attach};
 use crate::error::{Error, Kind, Result};
@@ -15,6 +16,7 @@ use crate::qcow2::create::CreateOptions;
 use crate::storage::files::{Files, Options as FileOptions};
 use crate::storage::{Engine, FileSource, block_on, host};
 use crate::sync::{Arc, AtomicBool};
+use crate::vhost::control::Control;
 use crate::vhost::export::Export;
 use crate::vhost::listen::{self, Listener};
 use crate::worker::pool::{EngineSource, Pool};
@@ -35,11 +37,30 @@ pub fn run(arguments: &Arguments, logging: Logging) -> Result<()> {
     let stop = signals(&told).map_err(|error| Error::io("cannot wait for signals", error))?;
     // The socket is looked at first, because making an image leaves a trace.
     listen::check(socket)?;
+    if let Some(control) = &arguments.control {
+        check_control(socket, control)?;
+    }
     let engine = host::engine(arguments.aio(), &files, 0)?;
     let image = Arc::new(open(arguments, &*engine, &files, path)?);
-    let served = serve(arguments, logging, socket, path, &files, &image, &stop);
-    let closed = block_on(&*engine, image.close(&*engine));
+    let device = Arc::new(Device::new(image, arguments.settings(path)));
+    let (aio, table) = (arguments.aio(), Arc::clone(&files));
+    let engines: EngineSource = Arc::new(move |lane| host::engine(aio, &table, lane));
+    let export = Arc::new(Export::new(Pool::new(device, engines, arguments.threads())));
+    let served = serve(arguments, logging, (socket, path), &files, &*engine, &export, &stop);
+    let device = export.device();
+    // The workers' threads end here; nothing is under way any more.
+    drop(export);
+    let closed = block_on(&*engine, device.image().close(&*engine));
     served.and(closed.map_err(|error| error.within(path.display())))
+}
+
+/// Refuses a control socket that could not be made, without changing anything.
+fn check_control(socket: &Path, control: &Path) -> Result<()> {
+    if control == socket {
+        let why = "--socket and --control are two sockets; give each a path of its own";
+        return Err(Error::refused(control.display().to_string(), why));
+    }
+    listen::check(control).map(drop)
 }
 
 /// A stream that is readable after SIGTERM or SIGINT, which also set `told`. A second signal ends
@@ -104,19 +125,23 @@ fn exists(path: &Path) -> Result<bool> {
 fn serve(
     arguments: &Arguments,
     logging: Logging,
-    socket: &Path,
-    path: &Path,
+    (socket, path): (&Path, &Path),
     files: &Arc<Files>,
-    image: &Arc<Image>,
+    engine: &dyn Engine,
+    export: &Arc<Export>,
     stop: &UnixStream,
 ) -> Result<()> {
     let listener = Listener::bind(socket)?;
+    let control = match &arguments.control {
+        None => None,
+        Some(control) => {
+            let socket = Socket::bind(control, path.to_owned(), files, engine)?;
+            Some(Box::new(socket) as Box<dyn Control>)
+        }
+    };
     logging.serving();
-    let device = Arc::new(Device::new(Arc::clone(image), arguments.settings(path)));
-    let (aio, files) = (arguments.aio(), Arc::clone(files));
-    let engines: EngineSource = Arc::new(move |lane| host::engine(aio, &files, lane));
-    let pool = Pool::new(device, engines, arguments.threads());
-    let export = Arc::new(Export::new(pool));
+    let device = export.device();
+    let image = device.image();
     let absolute: PathBuf = std::path::absolute(socket).unwrap_or_else(|_| socket.to_owned());
     // Nobody has to read it.
     let _ = std::io::stdout().write_all(attach::arguments(&absolute).as_bytes());
@@ -127,10 +152,10 @@ fn serve(
         if image.is_read_only() { ", read-only" } else { "" },
         socket.display()
     );
-    crate::vhost::serve(&listener, &export, stop)?;
+    // The image can be changed only while nobody else has it.
+    drop(device);
+    crate::vhost::serve_with(&listener, export, stop, control)?;
     tracing::info!("told to end");
-    // The workers' threads end here; nothing is under way any more.
-    drop(export);
     Ok(())
 }
 

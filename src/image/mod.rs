@@ -7,6 +7,7 @@
 
 mod chain;
 mod compress;
+pub mod describe;
 mod erase;
 pub mod gate;
 pub mod offline;

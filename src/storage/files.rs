@@ -138,7 +138,7 @@ impl Files {
     }
 
     /// What a file is called in the log.
-    pub(super) fn name(&self, id: FileId) -> String {
+    pub fn name(&self, id: FileId) -> String {
         let table = self.table.read().unwrap_or_else(std::sync::PoisonError::into_inner);
         let open = usize::try_from(id.0).ok().and_then(|index| table.get(index));
         open.map_or_else(|| format!("file {}", id.0), |open| open.path.display().to_string())

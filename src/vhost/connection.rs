@@ -57,7 +57,10 @@ impl Connection {
                 Ok(Next::End) => return Pumped::Over(None),
                 Ok(Next::Lost(why)) => Err(why.to_owned()),
                 Ok(Next::Refuse(header, why)) => self.refuse(header, why),
-                Ok(Next::Serve(header)) => self.serve(header),
+                Ok(Next::Serve(header)) => match header.known() {
+                    Some(FrontendReq::SET_BACKEND_REQ_FD) => self.take_channel(header),
+                    _ => self.serve(header),
+                },
             };
             if let Err(why) = result {
                 return Pumped::Over(Some(why));
@@ -70,6 +73,16 @@ impl Connection {
     fn refuse(&self, header: Header, why: &str) -> Result<(), String> {
         header.discard(&self.socket).map_err(|error| error.to_string())?;
         self.deny(header, why)
+    }
+
+    /// Takes the descriptor for messages of our own (SET_BACKEND_REQ_FD): the crate would hide it.
+    fn take_channel(&self, header: Header) -> Result<(), String> {
+        let file = header.take_descriptor(&self.socket).map_err(|error| error.to_string())?;
+        let taken = lock(&self.session).set_channel(file);
+        match taken {
+            Ok(()) => self.acknowledge(header, 0),
+            Err(why) => self.deny(header, why),
+        }
     }
 
     /// Lets the crate take the message apart and call the session. An error of one message is no
@@ -132,10 +145,8 @@ impl Connection {
 /// the session was asked, and for requests whose payload it checks where it also answers.
 fn is_answered(header: Header, entered: bool, failure: &Failure) -> bool {
     use FrontendReq as R;
-    let checked_late = matches!(
-        header.known(),
-        Some(R::SET_MEM_TABLE | R::SET_CONFIG | R::SET_BACKEND_REQ_FD | R::GPU_SET_SOCKET)
-    );
+    let checked_late =
+        matches!(header.known(), Some(R::SET_MEM_TABLE | R::SET_CONFIG | R::GPU_SET_SOCKET));
     entered || checked_late && !matches!(failure, Failure::InactiveOperation(_))
 }
 

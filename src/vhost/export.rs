@@ -9,12 +9,15 @@
 use std::fmt;
 
 use crate::blk::Device;
+use crate::error::{Error, Result};
+use crate::image::Image;
 use crate::sync::{Arc, Mutex, lock};
+use crate::worker::Report;
 use crate::worker::pool::Pool;
 
 /// What all sessions share.
 pub struct Export {
-    device: Arc<Device>,
+    device: Mutex<Arc<Device>>,
     /// The workers, unless a session has them.
     pool: Mutex<Option<Pool>>,
 }
@@ -28,17 +31,41 @@ impl fmt::Debug for Export {
 impl Export {
     /// The disk behind the workers of `pool`.
     pub fn new(pool: Pool) -> Self {
-        Self { device: Arc::clone(pool.device()), pool: Mutex::new(Some(pool)) }
+        let device = Mutex::new(Arc::clone(pool.device()));
+        Self { device, pool: Mutex::new(Some(pool)) }
     }
 
     /// The device that is served.
-    pub fn device(&self) -> &Arc<Device> {
-        &self.device
+    pub fn device(&self) -> Arc<Device> {
+        Arc::clone(&lock(&self.device))
+    }
+
+    /// Changes the image while nobody else has it; no ring is served. That nobody has it is proved
+    /// by taking it from the workers.
+    ///
+    /// # Errors
+    /// When somebody has it after all; else the answer is that of `change`.
+    pub(super) fn change_image<R>(&self, change: impl FnOnce(&mut Image) -> R) -> Result<R> {
+        let in_use = || Error::refused("disk", "somebody else uses the image; try again");
+        let mut pool = self.take().ok_or_else(in_use)?;
+        let mut device = lock(&self.device);
+        pool.set_device(Arc::new(device.without_image()));
+        let image = Arc::get_mut(&mut device).and_then(Device::image_mut);
+        let done = image.map(change).ok_or_else(in_use);
+        pool.set_device(Arc::clone(&device));
+        drop(device);
+        self.put(pool);
+        done
     }
 
     /// Whether no session has the workers.
     pub fn is_free(&self) -> bool {
         lock(&self.pool).is_some()
+    }
+
+    /// What the workers have done, unless a session has them.
+    pub(super) fn report(&self) -> Option<Vec<(usize, Report)>> {
+        lock(&self.pool).as_ref().map(Pool::report)
     }
 
     /// Takes the workers, if nobody else has them.

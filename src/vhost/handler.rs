@@ -196,8 +196,12 @@ impl VhostUserBackendReqHandlerMut for Session {
     }
 
     fn set_vring_enable(&mut self, index: u32, enable: bool) -> Answer<()> {
+        let starts = enable && !self.rings.iter().any(Ring::is_enabled);
         let (index, ring) = self.ring(index)?;
         ring.set_enabled(enable);
+        if starts {
+            self.announce();
+        }
         self.settle(index)
     }
 
@@ -209,7 +213,10 @@ impl VhostUserBackendReqHandlerMut for Session {
     ) -> Answer<Vec<u8>> {
         self.entered = true;
         let device = self.export.device();
-        device.read_config(offset, size, self.write_back).ok_or(Refusal::InvalidParam)
+        let config = device.read_config(offset, size, self.write_back);
+        let config = config.ok_or(Refusal::InvalidParam)?;
+        self.note_config_read(offset, size);
+        Ok(config)
     }
 
     fn set_config(

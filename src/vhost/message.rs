@@ -4,10 +4,12 @@
 //! connection although it is none (a request that it does not know, a descriptor where none
 //! belongs) is found here first; requests that this daemon serves by itself belong here too.
 
+use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::unix::net::UnixStream;
 
 use vhost::vhost_user::message::{FrontendReq, MAX_MSG_SIZE};
+use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 use crate::worker::poller::{is_hung_up, peek, unread};
 
@@ -143,6 +145,19 @@ impl Header {
     /// When the connection is broken.
     pub(super) fn discard(&self, mut socket: &UnixStream) -> io::Result<()> {
         socket.read_exact(&mut vec![0; self.len()])
+    }
+
+    /// Takes the message out of the socket, with the descriptor that came with it; its payload means
+    /// nothing. Further descriptors are closed.
+    ///
+    /// # Errors
+    /// When the connection is broken.
+    pub(super) fn take_descriptor(&self, mut socket: &UnixStream) -> io::Result<Option<File>> {
+        let mut bytes = vec![0; self.len()];
+        let (taken, file) = socket.recv_with_fd(&mut bytes)?;
+        // What was sent in several pieces may be read in several pieces only.
+        socket.read_exact(&mut bytes[taken..])?;
+        Ok(file)
     }
 
     /// Answers whether the request was carried out: 0 is success.

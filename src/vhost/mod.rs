@@ -4,7 +4,9 @@
 //! until a front-end connects, says something, or the process is told to end. Any front-end may
 //! connect at any time; [`export`] says whose guest is served.
 
+mod backend_channel;
 mod connection;
+pub mod control;
 pub mod export;
 mod handler;
 mod inflight;
@@ -22,6 +24,7 @@ use std::time::Duration;
 use crate::error::{Error, Result};
 use crate::sync::{Arc, Mutex, lock};
 use crate::vhost::connection::{Connection, Pumped};
+use crate::vhost::control::{Control, FrontEnds};
 use crate::vhost::export::Export;
 use crate::vhost::listen::Listener;
 use crate::vhost::session::Session;
@@ -34,15 +37,29 @@ const RETRY: Duration = Duration::from_millis(100);
 
 const STOP: u64 = 0;
 const LISTENER: u64 = 1;
+const CONTROL: u64 = 2;
 /// The number of the first connection; each further one has the next.
-const FIRST_PEER: u64 = 2;
+const FIRST_PEER: u64 = 3;
 
 /// Serves front-ends until `stop` is readable. At the end every ring is drained.
 ///
 /// # Errors
 /// When the process has no descriptors left to begin with.
 pub fn serve(listener: &Listener, export: &Arc<Export>, stop: &impl AsRawFd) -> Result<()> {
-    let mut server = Server::new(listener, export, stop)
+    serve_with(listener, export, stop, None)
+}
+
+/// As [`serve`], with something to serve beside the front-ends.
+///
+/// # Errors
+/// As [`serve`].
+pub fn serve_with<'a>(
+    listener: &'a Listener,
+    export: &'a Arc<Export>,
+    stop: &impl AsRawFd,
+    control: Option<Box<dyn Control + 'a>>,
+) -> Result<()> {
+    let mut server = Server::new(listener, export, stop, control)
         .map_err(|error| Error::io("cannot wait for front-ends", error))?;
     let result = server.run().map_err(|error| Error::io("cannot wait for front-ends", error));
     while let Some(peer) = server.peers.pop() {
@@ -83,6 +100,7 @@ struct Server<'a> {
     listening: bool,
     export: &'a Arc<Export>,
     poller: Poller,
+    control: Option<Box<dyn Control + 'a>>,
     peers: Vec<Peer>,
     next_number: u64,
 }
@@ -92,12 +110,16 @@ impl<'a> Server<'a> {
         listener: &'a Listener,
         export: &'a Arc<Export>,
         stop: &impl AsRawFd,
+        control: Option<Box<dyn Control + 'a>>,
     ) -> std::io::Result<Self> {
         let poller = Poller::new()?;
+        if let Some(control) = &control {
+            poller.add(&control.as_raw_fd(), CONTROL, Trigger::Level)?;
+        }
         poller.add(&stop.as_raw_fd(), STOP, Trigger::Level)?;
         poller.add(listener, LISTENER, Trigger::Level)?;
         let (peers, next_number) = (Vec::new(), FIRST_PEER);
-        Ok(Self { listener, listening: true, export, poller, peers, next_number })
+        Ok(Self { listener, listening: true, export, poller, control, peers, next_number })
     }
 
     fn run(&mut self) -> std::io::Result<()> {
@@ -115,7 +137,21 @@ impl<'a> Server<'a> {
             if events.contains(&LISTENER) {
                 self.accept();
             }
+            if events.contains(&CONTROL) && self.control() {
+                return Ok(());
+            }
         }
+    }
+
+    /// Serves what is not a front-end; returns whether the daemon is to end.
+    fn control(&mut self) -> bool {
+        let Some(control) = &mut self.control else { return false };
+        let sessions = self.peers.iter().map(|peer| (peer.number, &peer.session)).collect();
+        let mut front_ends = FrontEnds { sessions, export: self.export, over: false };
+        control.serve(&mut front_ends);
+        let over = front_ends.over;
+        self.pass_on();
+        over
     }
 
     fn accept(&mut self) {

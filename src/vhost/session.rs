@@ -13,11 +13,14 @@ use vhost::vhost_user::{Error as Refusal, Result as Answer};
 use crate::blk::{FEATURE_EVENT_IDX, FEATURE_FLUSH};
 use crate::error::Error;
 use crate::sync::Arc;
+use crate::vhost::backend_channel::BackendChannel;
+use crate::vhost::control::FrontEnd;
 use crate::vhost::export::Export;
 use crate::vhost::inflight::Region;
 use crate::vhost::log::{LOG_ALL, Log};
 use crate::vhost::memory::MemoryTable;
 use crate::vhost::ring::Ring;
+use crate::worker::Report;
 use crate::worker::pool::Pool;
 
 /// The bit that says whether a front-end knows protocol features, and with them enabled rings.
@@ -29,6 +32,7 @@ pub(super) const FRONT_END_FEATURES: u64 = PROTOCOL_FEATURES | LOG_ALL;
 pub(super) fn offered_protocol_features() -> VhostUserProtocolFeatures {
     VhostUserProtocolFeatures::MQ
         | VhostUserProtocolFeatures::REPLY_ACK
+        | VhostUserProtocolFeatures::BACKEND_REQ
         | VhostUserProtocolFeatures::CONFIG
         | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
         | VhostUserProtocolFeatures::LOG_SHMFD
@@ -52,6 +56,8 @@ pub struct Session {
     pub(super) loading: Option<File>,
     pub(super) features: u64,
     pub(super) protocol: u64,
+    /// The way to tell the front-end that the disk has changed.
+    pub(super) channel: BackendChannel,
     /// The front-end has asked for the features: acknowledgements depend on it.
     pub(super) knows_features: bool,
     /// A message has reached this session, which means that its answer is given.
@@ -73,7 +79,8 @@ pub(super) fn refuse(error: Error) -> Refusal {
 impl Session {
     /// A session that serves rings with the workers of `export` while no other one has them.
     pub fn new(export: Arc<Export>) -> Self {
-        let settings = export.device().settings();
+        let device = export.device();
+        let settings = device.settings();
         let rings = (0..settings.queues).map(|_| Ring::new(settings.queue_size)).collect();
         Self {
             pool: None,
@@ -86,6 +93,7 @@ impl Session {
             loading: None,
             features: 0,
             protocol: 0,
+            channel: BackendChannel::default(),
             knows_features: false,
             entered: false,
         }
@@ -101,6 +109,27 @@ impl Session {
     /// Whether a ring is served.
     pub fn is_serving(&self) -> bool {
         self.rings.iter().any(|ring| ring.running)
+    }
+
+    /// What an operator is told of this front-end.
+    pub(super) fn describe(&self, number: u64) -> FrontEnd {
+        let numbers = |is: fn(&Ring) -> bool| {
+            let ring = |(index, ring): (usize, &Ring)| is(ring).then_some(index);
+            self.rings.iter().enumerate().filter_map(ring).collect()
+        };
+        FrontEnd {
+            number,
+            features: self.features,
+            protocol_features: self.protocol,
+            enabled: numbers(Ring::is_enabled),
+            served: numbers(|ring| ring.running),
+            can_be_told: self.channel.is_open(),
+        }
+    }
+
+    /// What the workers have done, if this session has them.
+    pub(super) fn report(&self) -> Option<Vec<(usize, Report)>> {
+        self.pool.as_ref().map(Pool::report)
     }
 
     /// Lets the workers go if no ring needs them.

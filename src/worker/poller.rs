@@ -23,6 +23,8 @@ pub enum Trigger {
     Level,
     /// Once for each time that something arrives. An eventfd then needs no reading.
     Edge,
+    /// As long as there is room to write; what arrives is not reported.
+    Room,
 }
 
 impl Poller {
@@ -43,6 +45,7 @@ impl Poller {
         let events = match trigger {
             Trigger::Level => Events::EPOLLIN,
             Trigger::Edge => Events::EPOLLIN | Events::EPOLLRDHUP | Events::EPOLLET,
+            Trigger::Room => Events::EPOLLOUT,
         };
         let event = Event::new(events, number);
         epoll::ctl(self.epoll, ControlOptions::EPOLL_CTL_ADD, fd.as_raw_fd(), event)
@@ -67,6 +70,13 @@ impl Poller {
             result => result?,
         };
         Ok(self.events[..count].iter().map(|event| event.data))
+    }
+}
+
+/// A set is readable while one of its descriptors is to be reported, so sets can be nested.
+impl AsRawFd for Poller {
+    fn as_raw_fd(&self) -> RawFd {
+        self.epoll
     }
 }
 
@@ -108,6 +118,19 @@ pub fn peek(socket: &impl AsFd, target: &mut [u8]) -> io::Result<Peeked> {
         Ok(len) => Ok(Peeked { len, descriptors: message.msg_flags & libc::MSG_CTRUNC != 0 }),
         Err(_) => Err(io::Error::last_os_error()),
     }
+}
+
+/// Sends what there is room for, without waiting, whatever the socket's own mode is: its file
+/// description may be shared with somebody who changes it.
+///
+/// # Errors
+/// `WouldBlock` when there is no room; else what the kernel answered.
+pub fn send_now(socket: &impl AsFd, bytes: &[u8]) -> io::Result<usize> {
+    let flags = libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL;
+    let (start, len) = (bytes.as_ptr().cast(), bytes.len());
+    // SAFETY: the range is that of `bytes`, which outlives the call.
+    let sent = unsafe { libc::send(raw(&socket.as_fd()), start, len, flags) };
+    usize::try_from(sent).map_err(|_| io::Error::last_os_error())
 }
 
 /// How many bytes wait in a socket's queue.
