@@ -5,8 +5,8 @@
 //! session. The worker alone owns the state of its rings. Stopping a ring means: take no more
 //! chains, finish those that were taken, publish them, then answer. Nothing is ever cancelled.
 
-pub mod inflight;
 pub mod dirty;
+pub mod inflight;
 pub mod mailbox;
 pub mod poller;
 pub mod pool;

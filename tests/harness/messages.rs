@@ -53,7 +53,7 @@ const ADD_MEM_REG: u32 = 37;
 const REM_MEM_REG: u32 = 38;
 
 /// MQ, REPLY_ACK, CONFIG, RESET_DEVICE and CONFIGURE_MEM_SLOTS.
-const PROTOCOL: u64 = 1 | 1 << 3 | 1 << 9 | 1 << 13 | 1 << 15;
+const PROTOCOL: u64 = 1 | 1 << 3 | 1 << 5 | 1 << 9 | 1 << 13 | 1 << 15;
 /// FLUSH, INDIRECT, PROTOCOL_FEATURES and VERSION_1.
 const FEATURES: u64 = 1 << 9 | 1 << 28 | 1 << 30 | 1 << 32;
 

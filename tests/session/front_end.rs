@@ -43,8 +43,10 @@ pub(crate) mod request {
 
 use request as R;
 
-/// MQ, LOG_SHMFD, REPLY_ACK, CONFIG, RESET_DEVICE, CONFIGURE_MEM_SLOTS and DEVICE_STATE.
-pub(crate) const PROTOCOL: u64 = 1 | 1 << 1 | 1 << 3 | 1 << 9 | 1 << 13 | 1 << 15 | 1 << 19;
+/// MQ, LOG_SHMFD, REPLY_ACK, BACKEND_REQ, CONFIG, INFLIGHT_SHMFD, RESET_DEVICE,
+/// CONFIGURE_MEM_SLOTS and DEVICE_STATE.
+pub(crate) const PROTOCOL: u64 =
+    1 | 1 << 1 | 1 << 3 | 1 << 5 | 1 << 9 | 1 << 12 | 1 << 13 | 1 << 15 | 1 << 19;
 /// What the device must offer: SEG_MAX, BLK_SIZE, FLUSH, TOPOLOGY, CONFIG_WCE, MQ, DISCARD,
 /// WRITE_ZEROES, LOG_ALL, INDIRECT, EVENT_IDX, PROTOCOL_FEATURES and VERSION_1.
 pub(crate) const VIRTIO: u64 = 0x1_7000_7e44 | LOG_ALL;

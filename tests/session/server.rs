@@ -1,6 +1,7 @@
 //! The daemon's session and workers in threads of the test, with a disk that can be held up.
 
-use std::os::fd::RawFd;
+use std::io::{Read, Write};
+use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -16,6 +17,7 @@ use vhost_user_qcow2::storage::{
     Engine, FileId, Lane, Limits, Op, Pending, Purpose, Storage, block_on,
 };
 use vhost_user_qcow2::vhost;
+use vhost_user_qcow2::vhost::control::{Control, FrontEnds};
 use vhost_user_qcow2::vhost::export::Export;
 use vhost_user_qcow2::vhost::listen::Listener;
 use vhost_user_qcow2::worker::pool::{EngineSource, Pool};
@@ -108,6 +110,8 @@ pub(crate) struct Server {
     directory: tempfile::TempDir,
     gate: Arc<Gate>,
     stop: UnixStream,
+    /// Sizes go in, and answers come out.
+    sizes: UnixStream,
     thread: JoinHandle<()>,
 }
 
@@ -122,11 +126,12 @@ impl Server {
         let content: Vec<u8> = (0..Self::DISK).map(|at| (at / 512) as u8).collect();
         std::fs::write(&path, content).expect("write the image");
         let (stop, stopped) = UnixStream::pair().expect("a pair");
+        let (sizes, wanted) = UnixStream::pair().expect("a pair");
         let gate = Arc::new(Gate::default());
         let listener = Listener::bind(&directory.path().join("socket")).expect("listen");
         let shared = Arc::clone(&gate);
-        let thread = thread::spawn(move || serve(options, path, listener, shared, stopped));
-        Self { directory, gate, stop, thread }
+        let serve = move || serve(options, path, listener, shared, (stopped, wanted));
+        Self { directory, gate, stop, sizes, thread: thread::spawn(serve) }
     }
 
     pub(crate) fn connect(&self) -> FrontEnd {
@@ -143,6 +148,24 @@ impl Server {
         front_end.add_memory(&guest);
         (0..queues).for_each(|queue| front_end.set_up(&guest, queue as u32));
         (front_end, guest)
+    }
+
+    /// Gives the disk another size in bytes while it is served.
+    pub(crate) fn resize(&self, size: u64) {
+        self.ask_for_size(size);
+        self.wait_for_size(true);
+    }
+
+    pub(crate) fn ask_for_size(&self, size: u64) {
+        (&self.sizes).write_all(&size.to_ne_bytes()).expect("ask for a size");
+    }
+
+    /// Waits until a size was taken into use, or refused.
+    pub(crate) fn wait_for_size(&self, taken: bool) {
+        let mut answer = [0];
+        self.sizes.set_read_timeout(Some(PATIENCE)).expect("a time-out");
+        (&self.sizes).read_exact(&mut answer).expect("an answer");
+        assert_eq!(answer == [1], taken);
     }
 
     /// Keeps answers of the disk back, or lets them go.
@@ -176,28 +199,55 @@ impl Server {
     }
 }
 
+/// Resizes the disk as an operator does.
+struct Operator<'a> {
+    socket: UnixStream,
+    engine: &'a dyn Engine,
+}
+
+impl AsRawFd for Operator<'_> {
+    fn as_raw_fd(&self) -> RawFd {
+        self.socket.as_raw_fd()
+    }
+}
+
+impl Control for Operator<'_> {
+    fn serve(&mut self, front_ends: &mut FrontEnds<'_>) {
+        let mut size = [0; 8];
+        if self.socket.read_exact(&mut size).is_err() {
+            // The test ends, and the server is told so in a moment.
+            return thread::sleep(Duration::from_millis(1));
+        }
+        let (engine, size) = (self.engine, u64::from_ne_bytes(size));
+        let resize = |image: &mut Image| block_on(engine, image.resize(engine, size, true));
+        let done = front_ends.change_image(resize).and_then(|done| done);
+        self.socket.write_all(&[u8::from(done.is_ok())]).expect("answer");
+    }
+}
+
 fn serve(
     options: Options,
     path: PathBuf,
     listener: Listener,
     gate: Arc<Gate>,
-    stopped: UnixStream,
+    (stopped, sizes): (UnixStream, UnixStream),
 ) {
     let files = Files::new(Default::default());
     let control = engine(Aio::Threads, &files, 0).expect("an engine");
     let open = OpenOptions { format: Some(Format::Raw), ..OpenOptions::default() };
     let image = block_on(&*control, Image::open(&*control, &*files, &path, &open));
-    let image = Arc::new(image.expect("the image"));
     let settings = Settings { queues: options.queues, ..Settings::default() };
-    let device = Arc::new(Device::new(Arc::clone(&image), settings));
+    let device = Arc::new(Device::new(Arc::new(image.expect("the image")), settings));
     let engines: EngineSource = Arc::new(move |lane| {
         let inner = engine(Aio::Threads, &files, lane)?;
         Ok(Box::new(Gated { inner, gate: Arc::clone(&gate) }))
     });
     let export = Arc::new(Export::new(Pool::new(device, engines, options.threads)));
-    vhost::serve(&listener, &export, &stopped).expect("the service");
+    let operator = Operator { socket: sizes, engine: &*control };
+    vhost::serve_with(&listener, &export, &stopped, Some(Box::new(operator))).expect("the service");
+    let device = export.device();
     drop(export);
-    block_on(&*control, image.close(&*control)).expect("closing the image");
+    block_on(&*control, device.image().close(&*control)).expect("closing the image");
 }
 
 /// Waits until something is true.
