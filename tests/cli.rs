@@ -1,5 +1,8 @@
 //! The built program: what it refuses and how, whose socket it takes, and how it ends.
 
+#[path = "cli/control.rs"]
+mod control;
+
 use std::fs;
 use std::io::Read;
 use std::os::unix::fs::FileTypeExt;

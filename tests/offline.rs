@@ -9,6 +9,8 @@ mod disk;
 mod faults;
 #[path = "offline/hostile.rs"]
 mod hostile;
+#[path = "offline/live.rs"]
+mod live;
 #[path = "offline/model.rs"]
 mod model;
 #[path = "offline/ordering.rs"]
