@@ -52,7 +52,7 @@ impl Host {
         let words = "console=ttyS0 quiet mitigations=off panic=-1";
         let initramfs = self.scratch.file("initramfs");
         let guest =
-            Guest::launch(&self.scratch, name, MEMORY, &initramfs, |command: &mut Command| {
+            Guest::launch(&self.scratch, name, MEMORY, &initramfs, "", |command: &mut Command| {
                 command.args(["-smp", "2", "-append", words]);
                 command.arg("-qmp").arg(format!("unix:{},server=on,wait=off", monitor.display()));
                 if let Some(uri) = incoming {

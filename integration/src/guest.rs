@@ -39,34 +39,47 @@ impl Guest {
     /// `words` go to the kernel's command line, where the scripts of `integration/guest` read them.
     #[must_use]
     pub fn start(scratch: &Scratch, processors: usize, words: &str) -> Self {
+        Self::start_with(scratch, processors, words, "")
+    }
+
+    /// The same, with more options of the socket, each after a comma.
+    #[must_use]
+    pub fn start_with(
+        scratch: &Scratch,
+        processors: usize,
+        words: &str,
+        socket_options: &str,
+    ) -> Self {
         let memory = number_from_environment("GUEST_MIB", 512);
         let words = format!("console=ttyS0 quiet mitigations=off {words}");
-        Self::launch(scratch, "guest", memory, &built("initramfs"), |command| {
+        Self::launch(scratch, "guest", memory, &built("initramfs"), socket_options, |command| {
             command.args(["-smp", &processors.to_string(), "-append", &words]);
         })
     }
 
     /// Starts a virtual machine with so many MiB of memory on the disk at the scratch's socket,
-    /// with another initramfs and whatever `more` adds to QEMU's command line. Its logs are named
-    /// after `name`.
+    /// with another initramfs, more options of the socket, and whatever `more` adds to the command
+    /// line. Its logs are named after `name`.
     #[must_use]
     pub fn launch(
         scratch: &Scratch,
         name: &str,
         memory: u64,
         initramfs: &Path,
+        socket_options: &str,
         more: impl FnOnce(&mut Command),
     ) -> Self {
         let console = scratch.file(&format!("{name}.console.log"));
         let errors = scratch.file(&format!("{name}.qemu.log"));
         let output = |path: &Path| Stdio::from(File::create(path).expect("make a log"));
+        let socket = format!("{}{socket_options}", scratch.socket().display());
         let mut command = Command::new("qemu-system-x86_64");
         command
             .args(["-nodefaults", "-no-user-config", "-display", "none", "-serial", "stdio"])
             .args(["-accel", "tcg", "-machine", "q35,memory-backend=memory"])
             .args(["-m", &memory.to_string()])
             .args(["-object", &format!("memory-backend-memfd,id=memory,size={memory}M,share=on")])
-            .args(["-chardev", &format!("socket,id=disk,path={}", scratch.socket().display())])
+            .args(["-chardev", &format!("socket,id=disk,path={socket}")])
             // Without num-queues QEMU asks for as many queues as there are processors.
             .args(["-device", "vhost-user-blk-pci,chardev=disk"])
             .arg("-kernel")

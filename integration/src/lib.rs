@@ -8,6 +8,7 @@
 
 pub mod bulk;
 pub mod client;
+pub mod control;
 pub mod daemon;
 pub mod guest;
 pub mod images;

@@ -46,6 +46,12 @@ impl Scratch {
     pub fn socket(&self) -> PathBuf {
         self.sockets.path().join("vub.sock")
     }
+
+    /// The path of the test's control socket.
+    #[must_use]
+    pub fn control(&self) -> PathBuf {
+        self.sockets.path().join("ctl.sock")
+    }
 }
 
 impl Drop for Scratch {
