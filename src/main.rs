@@ -22,6 +22,11 @@ fn main() -> ExitCode {
             Err(error) => fail(&error),
         };
     }
+    if let Some(file) = arguments.print_file {
+        let program = std::env::current_exe().unwrap_or_else(|_| "vhost-user-qcow2".into());
+        print!("{}", file.text(&program));
+        return ExitCode::SUCCESS;
+    }
     let logging = Logging::start(arguments.log_level.as_deref());
     match serve::run(&arguments, logging) {
         Ok(()) => ExitCode::SUCCESS,

@@ -2,6 +2,8 @@
 
 #[path = "cli/control.rs"]
 mod control;
+#[path = "cli/sockets.rs"]
+mod sockets;
 
 use std::fs;
 use std::io::Read;
@@ -203,8 +205,14 @@ fn sockets_that_cannot_be_made_are_refused_in_one_line() {
 #[test]
 fn wrong_arguments_are_explained() {
     for (arguments, why) in [
-        (&[][..], "--socket"),
+        (&[][..], "--image"),
         (&["--socket", "s"], "--image"),
+        (&["--image", "i"], "--socket"),
+        (&["--socket", "s", "--fd", "3", "--image", "i"], "--fd"),
+        (&["--fd", "3", "--image", "i", "--socket-mode", "0660"], "--socket"),
+        (&["--socket", "s", "--image", "i", "--socket-mode", "rw"], "octal"),
+        (&["--socket", "s", "--image", "i", "--socket-group", "no such"], "no such"),
+        (&["--socket", "s", "--image", "i", "--cpus", "all"], "0-3,7"),
         (&["--socket", "s", "--image", "i", "--queue-size", "100"], "power of two"),
         (&["--socket", "s", "--image", "i", "--serial", "123456789012345678901"], "20"),
         (&["--socket", "s", "--image", "i", "--create", "much"], "size"),
@@ -251,7 +259,14 @@ fn help_has_an_example_and_every_option() {
         "--detect-zeroes",
         "--on-enospc",
         "--log-level",
+        "--fd <N>",
+        "--socket-mode <MODE>",
+        "--socket-group <GROUP>",
+        "--exit-on-disconnect",
+        "--pidfile <PATH>",
+        "--cpus <LIST>",
         "--print-capabilities",
+        "--print-file <FILE>",
         "Examples:",
         "--create 10G",
     ] {

@@ -4,8 +4,10 @@ mod attach;
 mod control;
 pub mod ctl;
 pub mod logging;
+pub mod packaging;
 pub mod serve;
 pub mod size;
+pub mod socket;
 mod values;
 
 use std::path::{Path, PathBuf};
@@ -14,8 +16,10 @@ use clap::builder::PossibleValuesParser;
 use clap::{Parser, Subcommand};
 
 use crate::blk::{SERIAL_BYTES, Settings};
-pub use crate::cli::values::{Cache, DiscardMode, Engine, FullMode, ImageFormat, ZeroesMode};
-use crate::cli::values::{queue_size, serial};
+pub use crate::cli::values::{
+    Cache, DiscardMode, Engine, FullMode, ImageFormat, Processors, ZeroesMode,
+};
+use crate::cli::values::{processors, queue_size, serial};
 use crate::error::Result;
 use crate::image::policy::{DetectZeroes, Discards};
 use crate::image::{Format, OpenOptions, Policy};
@@ -51,12 +55,11 @@ pub struct Arguments {
 
     /// The Unix socket to listen on
     #[arg(long, visible_alias = "socket-path", value_name = "PATH")]
-    #[arg(required_unless_present = "print_capabilities")]
     pub socket: Option<PathBuf>,
 
     /// The image to serve
     #[arg(long, visible_alias = "blk-file", value_name = "PATH")]
-    #[arg(required_unless_present = "print_capabilities")]
+    #[arg(required_unless_present_any = ["print_capabilities", "print_file"])]
     pub image: Option<PathBuf>,
 
     /// The image's format; a raw image is never guessed
@@ -135,9 +138,22 @@ pub struct Arguments {
     #[arg(hide_possible_values = true)]
     pub log_level: Option<String>,
 
+    /// Whose the socket is, and what becomes of the process around it.
+    #[command(flatten)]
+    pub listening: socket::Listening,
+
+    /// The processors that workers run on, such as 0-3,7; each worker keeps to one, in turn
+    #[arg(long, value_name = "LIST", value_parser = processors)]
+    pub cpus: Option<Processors>,
+
     /// Print what this back-end can do, as JSON, and end
     #[arg(long)]
     pub print_capabilities: bool,
+
+    /// Print a file for packages and end: what tells QEMU and libvirt of this program, or a
+    /// systemd unit
+    #[arg(long, value_enum, value_name = "FILE")]
+    pub print_file: Option<packaging::File>,
 }
 
 /// What to do other than to serve an image.
@@ -177,7 +193,8 @@ impl Arguments {
 
     /// Refuses arguments that contradict each other, before anything is touched.
     fn check(&self) -> Result<()> {
-        self.policy().check().map(drop)
+        self.policy().check()?;
+        self.cpus.as_ref().map_or(Ok(()), Processors::check)
     }
 
     /// How files are opened.
@@ -303,7 +320,15 @@ mod tests {
     fn wrong_values_are_refused() {
         for wrong in [
             ["--queue-size", "100"],
-            ["--queue-size", "2"],
+            ["--queue-size", "1"],
+            ["--fd", "2"],
+            ["--socket-mode", "999"],
+            ["--socket-mode", "10666"],
+            ["--socket-group", "no group has this name"],
+            ["--cpus", "3-1"],
+            ["--cpus", ""],
+            ["--cpus", "0,,1"],
+            ["--cpus", "9999999"],
             ["--queue-size", "65536"],
             ["--num-queues", "0"],
             ["--num-queues", "257"],

@@ -2,13 +2,14 @@
 
 use std::io::{ErrorKind, Write};
 use std::os::unix::net::UnixStream;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use signal_hook::consts::{SIGINT, SIGTERM};
 
 use crate::blk::Device;
 use crate::cli::control::Socket;
 use crate::cli::logging::Logging;
+use crate::cli::socket::Origin;
 use crate::cli::{Arguments, ImageFormat, attach};
 use crate::error::{Error, Kind, Result};
 use crate::image::{self, Image};
@@ -18,7 +19,7 @@ use crate::storage::{Engine, FileSource, block_on, host};
 use crate::sync::{Arc, AtomicBool};
 use crate::vhost::control::Control;
 use crate::vhost::export::Export;
-use crate::vhost::listen::{self, Listener};
+use crate::vhost::listen;
 use crate::worker::pool::{EngineSource, Pool};
 
 /// Opens the image, serves it, and closes it after a signal.
@@ -27,26 +28,26 @@ use crate::worker::pool::{EngineSource, Pool};
 /// One sentence that names the file, what was wrong, and what would help. What was refused before
 /// anything was served has left no trace: no image, no socket.
 pub fn run(arguments: &Arguments, logging: Logging) -> Result<()> {
-    let (Some(socket), Some(path)) = (&arguments.socket, &arguments.image) else {
-        return Err(Error::refused("arguments", "--socket and --image are needed"));
+    let Some(path) = &arguments.image else {
+        return Err(Error::refused("arguments", "--image is needed"));
     };
     arguments.check()?;
+    // The socket is looked at first, because making an image leaves a trace.
+    let origin = arguments.listening.origin(arguments.socket.as_deref())?;
     let files = Files::new(arguments.file_options());
     // What waits for space fails once the process is told to end.
     let told = Arc::clone(files.outage().over());
     let stop = signals(&told).map_err(|error| Error::io("cannot wait for signals", error))?;
-    // The socket is looked at first, because making an image leaves a trace.
-    listen::check(socket)?;
     if let Some(control) = &arguments.control {
-        check_control(socket, control)?;
+        check_control(arguments.socket.as_deref(), control)?;
     }
     let engine = host::engine(arguments.aio(), &files, 0)?;
     let image = Arc::new(open(arguments, &*engine, &files, path)?);
     let device = Arc::new(Device::new(image, arguments.settings(path)));
-    let (aio, table) = (arguments.aio(), Arc::clone(&files));
-    let engines: EngineSource = Arc::new(move |lane| host::engine(aio, &table, lane));
-    let export = Arc::new(Export::new(Pool::new(device, engines, arguments.threads())));
-    let served = serve(arguments, logging, (socket, path), &files, &*engine, &export, &stop);
+    let pool = Pool::new(device, engines(arguments, &files), arguments.threads());
+    let export = Arc::new(Export::new(pool));
+    let own = Own { path, files: &files, engine: &*engine, export: &export };
+    let served = serve(arguments, logging, origin, &own, &stop);
     let device = export.device();
     // The workers' threads end here; nothing is under way any more.
     drop(export);
@@ -55,12 +56,20 @@ pub fn run(arguments: &Arguments, logging: Logging) -> Result<()> {
 }
 
 /// Refuses a control socket that could not be made, without changing anything.
-fn check_control(socket: &Path, control: &Path) -> Result<()> {
-    if control == socket {
+fn check_control(socket: Option<&Path>, control: &Path) -> Result<()> {
+    if Some(control) == socket {
         let why = "--socket and --control are two sockets; give each a path of its own";
         return Err(Error::refused(control.display().to_string(), why));
     }
     listen::check(control).map(drop)
+}
+
+/// The image, and what serves it.
+struct Own<'a> {
+    path: &'a Path,
+    files: &'a Arc<Files>,
+    engine: &'a dyn Engine,
+    export: &'a Arc<Export>,
 }
 
 /// A stream that is readable after SIGTERM or SIGINT, which also set `told`. A second signal ends
@@ -125,38 +134,55 @@ fn exists(path: &Path) -> Result<bool> {
 fn serve(
     arguments: &Arguments,
     logging: Logging,
-    (socket, path): (&Path, &Path),
-    files: &Arc<Files>,
-    engine: &dyn Engine,
-    export: &Arc<Export>,
+    origin: Origin,
+    own: &Own<'_>,
     stop: &UnixStream,
 ) -> Result<()> {
-    let listener = Listener::bind(socket)?;
+    let socket = origin.path();
+    let entrance = origin.open()?;
+    let announced = arguments.listening.announce()?;
     let control = match &arguments.control {
         None => None,
         Some(control) => {
-            let socket = Socket::bind(control, path.to_owned(), files, engine)?;
+            let socket = Socket::bind(control, own.path.to_owned(), own.files, own.engine)?;
             Some(Box::new(socket) as Box<dyn Control>)
         }
     };
     logging.serving();
-    let device = export.device();
+    let socket = socket.map(|path| std::path::absolute(&path).unwrap_or(path));
+    if let Some(socket) = &socket {
+        // Nobody has to read it.
+        let _ = std::io::stdout().write_all(attach::arguments(socket).as_bytes());
+    }
+    let device = own.export.device();
     let image = device.image();
-    let absolute: PathBuf = std::path::absolute(socket).unwrap_or_else(|_| socket.to_owned());
-    // Nobody has to read it.
-    let _ = std::io::stdout().write_all(attach::arguments(&absolute).as_bytes());
     tracing::info!(
         "serving {} ({} bytes{}) on {}",
-        path.display(),
+        own.path.display(),
         image.size(),
         if image.is_read_only() { ", read-only" } else { "" },
-        socket.display()
+        socket.unwrap_or_else(|| "a descriptor".into()).display()
     );
     // The image can be changed only while nobody else has it.
     drop(device);
-    crate::vhost::serve_with(&listener, export, stop, control)?;
-    tracing::info!("told to end");
+    let terms = arguments.listening.terms();
+    crate::vhost::serve_at(&entrance, own.export, stop, &terms, control)?;
+    tracing::info!("the service ends");
+    drop(announced);
     Ok(())
+}
+
+/// How each worker gets to the files, and where it runs.
+fn engines(arguments: &Arguments, files: &Arc<Files>) -> EngineSource {
+    let (aio, cpus, files) = (arguments.aio(), arguments.cpus.clone(), Arc::clone(files));
+    Arc::new(move |lane| {
+        // This runs on the worker's thread before anything else does, so that threads which the
+        // engine starts stay on the same processor. Lane 0 is not a worker's.
+        if let Some(cpus) = &cpus {
+            cpus.keep_to(lane.saturating_sub(1))?;
+        }
+        host::engine(aio, &files, lane)
+    })
 }
 
 /// The one line that says why the program ends with an error.

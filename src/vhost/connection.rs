@@ -1,15 +1,17 @@
 //! One front-end's connection: which messages are there, and what an error means for it.
 
 use std::io;
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
 
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use vhost::vhost_user::message::FrontendReq;
 use vhost::vhost_user::{BackendReqHandler, Error as Failure};
 
 use crate::sync::{Arc, Mutex, lock};
 use crate::vhost::message::{Header, Next, look};
 use crate::vhost::session::Session;
+use crate::worker::poller::unread;
 
 /// Most messages served before other events are looked at.
 const BATCH: usize = 64;
@@ -21,6 +23,8 @@ pub(super) enum Pumped {
     Quiet,
     /// There is more.
     Busy,
+    /// There is more, and the front-end must read its answers first.
+    Blocked,
     /// The front-end has gone, or must.
     Over(Option<String>),
 }
@@ -51,6 +55,11 @@ impl Connection {
     /// Serves messages that have arrived, without waiting for any.
     pub(super) fn pump(&mut self) -> Pumped {
         for _ in 0..BATCH {
+            // An answer is written without waiting for anybody. A front-end that reads none is not
+            // listened to either.
+            if !has_room(&self.socket) {
+                return Pumped::Blocked;
+            }
             let result = match look(&self.socket) {
                 Err(error) => Err(error.to_string()),
                 Ok(Next::Wait) => return Pumped::Quiet,
@@ -68,6 +77,11 @@ impl Connection {
             self.messages += 1;
         }
         Pumped::Busy
+    }
+
+    /// Whether a part of a message waits for the rest.
+    pub(super) fn is_midway(&self) -> bool {
+        unread(&self.socket).is_ok_and(|bytes| bytes != 0)
     }
 
     fn refuse(&self, header: Header, why: &str) -> Result<(), String> {
@@ -139,6 +153,14 @@ impl Connection {
         header.discard(&self.socket).map_err(|error| error.to_string())?;
         self.acknowledge(header, 0)
     }
+}
+
+/// Whether an answer can be written at once. The kernel says so as long as no more than a quarter of
+/// the socket's buffer is full, and no answer takes a quarter.
+fn has_room(socket: &UnixStream) -> bool {
+    let mut question = [PollFd::new(socket.as_fd(), PollFlags::POLLOUT)];
+    // A connection that is over has room too: writing says so.
+    !matches!(poll(&mut question, PollTimeout::ZERO), Ok(0))
 }
 
 /// Whether the crate has sent the acknowledgement of a failed request, if one was due. It has when

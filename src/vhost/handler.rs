@@ -20,7 +20,7 @@ use crate::vhost::session::{FRONT_END_FEATURES, Session, offered_protocol_featur
 
 impl VhostUserBackendReqHandlerMut for Session {
     fn set_owner(&mut self) -> Answer<()> {
-        self.entered = true;
+        (self.entered, self.attached) = (true, true);
         Ok(())
     }
 

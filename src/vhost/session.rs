@@ -60,6 +60,8 @@ pub struct Session {
     pub(super) channel: BackendChannel,
     /// The front-end has asked for the features: acknowledgements depend on it.
     pub(super) knows_features: bool,
+    /// The front-end has said that the device is its, or has had a ring served.
+    pub(super) attached: bool,
     /// A message has reached this session, which means that its answer is given.
     pub(super) entered: bool,
 }
@@ -95,6 +97,7 @@ impl Session {
             protocol: 0,
             channel: BackendChannel::default(),
             knows_features: false,
+            attached: false,
             entered: false,
         }
     }
@@ -104,6 +107,11 @@ impl Session {
         self.stop_all();
         self.inflight = None;
         self.rest();
+    }
+
+    /// Whether the front-end has ever attached itself to the device, and so may be silent.
+    pub fn is_attached(&self) -> bool {
+        self.attached || self.is_waiting()
     }
 
     /// Whether a ring is served.
@@ -254,6 +262,7 @@ impl Session {
         };
         let ring = &mut self.rings[index];
         ring.running = result.is_ok();
+        self.attached |= ring.running;
         if result.is_err() {
             ring.signal_error();
         }

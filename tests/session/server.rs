@@ -19,7 +19,8 @@ use vhost_user_qcow2::storage::{
 use vhost_user_qcow2::vhost;
 use vhost_user_qcow2::vhost::control::{Control, FrontEnds};
 use vhost_user_qcow2::vhost::export::Export;
-use vhost_user_qcow2::vhost::listen::Listener;
+use vhost_user_qcow2::vhost::listen::{Entrance, Listener};
+use vhost_user_qcow2::vhost::terms::Terms;
 use vhost_user_qcow2::worker::pool::{EngineSource, Pool};
 
 use super::front_end::{FrontEnd, features, request as R};
@@ -244,7 +245,10 @@ fn serve(
     });
     let export = Arc::new(Export::new(Pool::new(device, engines, options.threads)));
     let operator = Operator { socket: sizes, engine: &*control };
-    vhost::serve_with(&listener, &export, &stopped, Some(Box::new(operator))).expect("the service");
+    let (entrance, terms) = (Entrance::Listening(listener), Terms::default());
+    let served = vhost::serve_at(&entrance, &export, &stopped, &terms, Some(Box::new(operator)));
+    served.expect("the service");
+    drop(entrance);
     let device = export.device();
     drop(export);
     block_on(&*control, device.image().close(&*control)).expect("closing the image");
