@@ -14,6 +14,10 @@ mod guest;
 mod handshakes;
 #[path = "session/logging.rs"]
 mod logging;
+#[path = "session/patience.rs"]
+mod patience;
+#[path = "session/pitfalls.rs"]
+mod pitfalls;
 #[path = "session/server.rs"]
 mod server;
 #[path = "session/snapshots.rs"]

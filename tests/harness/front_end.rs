@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
+use std::time::{Duration, Instant};
 
 use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap};
 use vmm_sys_util::event::{EventConsumer, EventNotifier};
@@ -100,6 +101,44 @@ impl Guest {
             for number in 0..u64::from(Self::REQUESTS) {
                 assert_eq!(ring.read(area + 0x1000 + number * 16, 1), [0]);
             }
+        }
+    }
+
+    /// Waits until so many requests have come back.
+    pub(crate) fn wait_for(&self, count: u32, patience: Duration) {
+        let start = Instant::now();
+        while self.used() < count {
+            assert!(start.elapsed() < patience, "a guest is not served");
+            std::thread::sleep(Duration::from_micros(20));
+        }
+    }
+
+    /// What each queue writes is what it reads; all earlier requests have come back.
+    pub(crate) fn assert_keeps(&mut self, byte: u8, patience: Duration) {
+        let before = self.used();
+        for (step, kind) in [OUT, IN].into_iter().enumerate() {
+            for (queue, area) in [AREA, AREA + 0x1_0000].into_iter().enumerate() {
+                let (ring, place) = (&mut self.rings[queue], (8 + step as u64) * 16);
+                let data = area + 0x3000 + step as u64 * 0x1000;
+                ring.write(area + place, &header(kind, 16 + 8 * queue as u64));
+                ring.write(area + 0x1000 + place, &[UNTOUCHED]);
+                let content = if kind == OUT { byte.wrapping_add(queue as u8) } else { UNTOUCHED };
+                ring.write(data, &[content; 1024]);
+                ring.send(&[
+                    (area + place, 16, false),
+                    (data, 1024, kind == IN),
+                    (area + 0x1000 + place, 1, true),
+                ]);
+                self.kick(queue);
+            }
+            self.wait_for(before + 2 * (step as u32 + 1), patience);
+        }
+        for (queue, area) in [AREA, AREA + 0x1_0000].into_iter().enumerate() {
+            let ring = &mut self.rings[queue];
+            let statuses = [8u64, 9].map(|place| ring.read(area + 0x1000 + place * 16, 1)[0]);
+            assert_eq!(statuses, [0; 2]);
+            let read = ring.read(area + 0x4000, 1024);
+            assert!(read.iter().all(|seen| *seen == byte.wrapping_add(queue as u8)));
         }
     }
 

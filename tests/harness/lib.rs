@@ -7,13 +7,14 @@
 //!
 //! [`image`] spoils an image and uses it as a guest would; [`chain`] lays descriptors and garbage
 //! out in a guest's memory and lets a worker serve them; [`messages`] is a front-end that says
-//! anything. [`examples`] has inputs to start from.
+//! anything, [`handshakes`] are several that begin as real ones do. [`examples`] has inputs to start from.
 
 pub mod chain;
 #[path = "../common/driver.rs"]
 mod driver;
 pub mod examples;
 mod front_end;
+pub mod handshakes;
 pub mod image;
 pub mod messages;
 mod places;

@@ -34,28 +34,28 @@ const MOST_STEPS: usize = 48;
 const QUEUES: u16 = 4;
 const DISK: u64 = 64 << 10;
 
-const NEED_REPLY: u32 = 8;
-const GET_FEATURES: u32 = 1;
-const SET_FEATURES: u32 = 2;
-const SET_MEM_TABLE: u32 = 5;
-const SET_VRING_NUM: u32 = 8;
-const SET_VRING_ADDR: u32 = 9;
-const SET_VRING_BASE: u32 = 10;
-const GET_VRING_BASE: u32 = 11;
-const SET_VRING_KICK: u32 = 12;
-const SET_VRING_CALL: u32 = 13;
-const SET_VRING_ERR: u32 = 14;
-const SET_PROTOCOL_FEATURES: u32 = 16;
-const SET_VRING_ENABLE: u32 = 18;
-const GET_CONFIG: u32 = 24;
-const SET_CONFIG: u32 = 25;
-const ADD_MEM_REG: u32 = 37;
-const REM_MEM_REG: u32 = 38;
+pub(crate) const NEED_REPLY: u32 = 8;
+pub(crate) const GET_FEATURES: u32 = 1;
+pub(crate) const SET_FEATURES: u32 = 2;
+pub(crate) const SET_MEM_TABLE: u32 = 5;
+pub(crate) const SET_VRING_NUM: u32 = 8;
+pub(crate) const SET_VRING_ADDR: u32 = 9;
+pub(crate) const SET_VRING_BASE: u32 = 10;
+pub(crate) const GET_VRING_BASE: u32 = 11;
+pub(crate) const SET_VRING_KICK: u32 = 12;
+pub(crate) const SET_VRING_CALL: u32 = 13;
+pub(crate) const SET_VRING_ERR: u32 = 14;
+pub(crate) const SET_PROTOCOL_FEATURES: u32 = 16;
+pub(crate) const SET_VRING_ENABLE: u32 = 18;
+pub(crate) const GET_CONFIG: u32 = 24;
+pub(crate) const SET_CONFIG: u32 = 25;
+pub(crate) const ADD_MEM_REG: u32 = 37;
+pub(crate) const REM_MEM_REG: u32 = 38;
 
-/// MQ, REPLY_ACK, CONFIG, RESET_DEVICE and CONFIGURE_MEM_SLOTS.
-const PROTOCOL: u64 = 1 | 1 << 3 | 1 << 5 | 1 << 9 | 1 << 13 | 1 << 15;
+/// MQ, REPLY_ACK, BACKEND_REQ, CONFIG, RESET_DEVICE and CONFIGURE_MEM_SLOTS.
+pub(crate) const PROTOCOL: u64 = 1 | 1 << 3 | 1 << 5 | 1 << 9 | 1 << 13 | 1 << 15;
 /// FLUSH, INDIRECT, PROTOCOL_FEATURES and VERSION_1.
-const FEATURES: u64 = 1 << 9 | 1 << 28 | 1 << 30 | 1 << 32;
+pub(crate) const FEATURES: u64 = 1 << 9 | 1 << 28 | 1 << 30 | 1 << 32;
 
 /// What became of an input, so that a test can tell that it does not only make refusals.
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
@@ -83,10 +83,14 @@ pub struct Service {
     directory: tempfile::TempDir,
     stop: Option<UnixStream>,
     thread: Option<JoinHandle<()>>,
-    guest: Guest,
-    menu: Menu,
+    pub(crate) guest: Guest,
+    /// What the next front-end has to do with it: nothing.
+    pub(crate) hostile: Guest,
+    pub(crate) menu: Menu,
     /// Descriptors of the process while a front-end that has said nothing else is connected.
     descriptors: usize,
+    /// Its threads at that time.
+    threads: usize,
 }
 
 impl Service {
@@ -99,21 +103,30 @@ impl Service {
         let listener = Listener::bind(&directory.path().join("socket")).expect("listen");
         let (stop, stopped) = UnixStream::pair().expect("a pair");
         let thread = thread::spawn(move || serve(&listener, &stopped));
-        let (guest, menu) = (Guest::new(), Menu::new());
-        let mut service =
-            Self { directory, stop: Some(stop), thread: Some(thread), guest, menu, descriptors: 0 };
+        let (guest, hostile, menu) = (Guest::new(), Guest::new(), Menu::new());
+        let mut service = Self {
+            directory,
+            stop: Some(stop),
+            thread: Some(thread),
+            guest,
+            hostile,
+            menu,
+            descriptors: 0,
+            threads: 0,
+        };
         // Both workers are started, and what they keep open is theirs.
         service.serve_next();
         service.descriptors = {
             let mut front_end = service.connect();
             front_end.ask(GET_FEATURES, &[]);
             thread::sleep(Duration::from_millis(50));
-            descriptors()
+            count("fd")
         };
+        service.threads = count("task");
         service
     }
 
-    fn connect(&self) -> FrontEnd {
+    pub(crate) fn connect(&self) -> FrontEnd {
         let socket = UnixStream::connect(self.directory.path().join("socket")).expect("connect");
         socket.set_read_timeout(Some(PATIENCE)).expect("a time-out");
         socket.set_write_timeout(Some(PATIENCE)).expect("a time-out");
@@ -151,9 +164,9 @@ impl Service {
     fn say(&self, front_end: &mut FrontEnd, input: &mut Unstructured<'_>) -> Result<bool> {
         let queue = |choice: u8| u32::from(choice % 5);
         Ok(match input.arbitrary::<u8>()? {
-            0..0x10 => self.negotiate(front_end),
-            0x10..0x20 => self.add_memory(front_end, 1),
-            choice @ 0x20..0x40 => self.set_up(front_end, queue(choice), 1),
+            0..0x10 => Self::negotiate(front_end),
+            0x10..0x20 => Self::add_memory(&self.guest, front_end, 1),
+            choice @ 0x20..0x40 => Self::set_up(&self.guest, front_end, queue(choice), 1),
             choice @ 0x40..0x50 => {
                 self.guest.kick(usize::from(choice % 2));
                 true
@@ -258,65 +271,82 @@ impl Service {
         })
     }
 
-    fn negotiate(&self, front_end: &mut FrontEnd) -> bool {
+    fn negotiate(front_end: &mut FrontEnd) -> bool {
         front_end.send(GET_FEATURES, 1, &[], &[])
             && front_end.send(SET_PROTOCOL_FEATURES, 1, &PROTOCOL.to_ne_bytes(), &[])
             && front_end.send(SET_FEATURES, 1, &FEATURES.to_ne_bytes(), &[])
     }
 
-    fn add_memory(&self, front_end: &mut FrontEnd, flags: u32) -> bool {
+    fn add_memory(guest: &Guest, front_end: &mut FrontEnd, flags: u32) -> bool {
         let mut payload = [REGIONS.len() as u32, 0].map(u32::to_ne_bytes).concat();
         REGIONS.iter().for_each(|part| payload.extend(region(*part)));
-        let files = REGIONS.map(|_| self.guest.file.as_raw_fd());
+        let files = REGIONS.map(|_| guest.file.as_raw_fd());
         front_end.send(SET_MEM_TABLE, flags, &payload, &files)
     }
 
     /// Describes a ring in full and enables it.
-    fn set_up(&self, front_end: &mut FrontEnd, queue: u32, flags: u32) -> bool {
+    fn set_up(guest: &Guest, front_end: &mut FrontEnd, queue: u32, flags: u32) -> bool {
         let state = |value: u32| [queue, value].map(u32::to_ne_bytes).concat();
         let index = u64::from(queue).to_ne_bytes();
         let place = queue as usize % 2;
         let mut addresses = state(0);
-        for address in self.guest.addresses(place).into_iter().chain([0]) {
+        for address in guest.addresses(place).into_iter().chain([0]) {
             addresses.extend(address.to_ne_bytes());
         }
         front_end.send(SET_VRING_NUM, 1, &state(u32::from(Guest::SIZE)), &[])
             && front_end.send(SET_VRING_BASE, 1, &state(0), &[])
             && front_end.send(SET_VRING_ADDR, 1, &addresses, &[])
-            && front_end.send(SET_VRING_CALL, 1, &index, &[self.guest.call_end(place)])
-            && front_end.send(SET_VRING_KICK, 1, &index, &[self.guest.kick_end(place)])
+            && front_end.send(SET_VRING_CALL, 1, &index, &[guest.call_end(place)])
+            && front_end.send(SET_VRING_KICK, 1, &index, &[guest.kick_end(place)])
             && front_end.send(SET_VRING_ENABLE, flags, &state(1), &[])
     }
 
-    /// What the front-end before has passed is closed.
-    fn assert_all_closed(&self) {
+    /// What the front-end before has passed is closed, and nothing else has gone.
+    pub(crate) fn assert_all_closed(&self) {
         let mut front_end = self.connect();
         front_end.ask(GET_FEATURES, &[]);
         // A worker closes what it had after it has said that it has stopped.
         let start = Instant::now();
-        while descriptors() != self.descriptors {
-            let (now, before) = (descriptors(), self.descriptors);
+        while count("fd") != self.descriptors {
+            let (now, before) = (count("fd"), self.descriptors);
             assert!(start.elapsed() < PATIENCE, "{now} descriptors are open, {before} were");
             thread::sleep(Duration::from_micros(100));
         }
+        assert_eq!(count("task"), self.threads, "threads");
     }
 
     /// Serves a front-end that does everything right.
     fn serve_next(&mut self) {
+        let mut front_end = self.attach();
+        self.assert_served();
+        front_end.hang_up();
+    }
+
+    /// Connects a front-end that does everything right.
+    pub(crate) fn attach(&mut self) -> FrontEnd {
         self.guest.reset();
         let mut front_end = self.connect();
-        assert!(self.negotiate(&mut front_end) && self.add_memory(&mut front_end, 9));
+        assert!(Self::negotiate(&mut front_end));
+        assert!(Self::add_memory(&self.guest, &mut front_end, 9));
         for queue in 0..2 {
-            assert!(self.set_up(&mut front_end, queue, 1));
+            assert!(Self::set_up(&self.guest, &mut front_end, queue, 1));
         }
+        front_end
+    }
+
+    /// Its guest is served.
+    fn assert_served(&mut self) {
         (0..2).for_each(|queue| self.guest.kick(queue));
-        let start = Instant::now();
-        while self.guest.used() < 2 * Guest::REQUESTS {
-            assert!(start.elapsed() < PATIENCE, "a guest is not served");
-            thread::sleep(Duration::from_micros(20));
-        }
+        self.guest.wait_for(2 * Guest::REQUESTS, PATIENCE);
         self.guest.assert_done();
-        front_end.hang_up();
+    }
+
+    /// The same, and what was written is read.
+    pub(crate) fn assert_keeps(&mut self, byte: u8) {
+        if self.guest.used() < 2 * Guest::REQUESTS {
+            self.assert_served();
+        }
+        self.guest.assert_keeps(byte, PATIENCE);
     }
 }
 
@@ -342,9 +372,9 @@ fn serve(listener: &Listener, stopped: &UnixStream) {
     vhost::serve(listener, &export, stopped).expect("the service");
 }
 
-/// How many descriptors this process has.
-fn descriptors() -> usize {
-    std::fs::read_dir("/proc/self/fd").expect("proc is mounted").count()
+/// How many descriptors (`fd`) or threads (`task`) this process has.
+fn count(what: &str) -> usize {
+    std::fs::read_dir(format!("/proc/self/{what}")).expect("proc is mounted").count()
 }
 
 fn bit(input: &mut Unstructured<'_>) -> Result<u64> {
@@ -395,10 +425,10 @@ fn spoiled_region(number: usize, input: &mut Unstructured<'_>) -> Result<Vec<u8>
 }
 
 /// One connection.
-struct FrontEnd {
-    socket: UnixStream,
-    sent: u32,
-    answered: usize,
+pub(crate) struct FrontEnd {
+    pub(crate) socket: UnixStream,
+    pub(crate) sent: u32,
+    pub(crate) answered: usize,
 }
 
 impl FrontEnd {
@@ -410,7 +440,7 @@ impl FrontEnd {
         self.put(&message, files)
     }
 
-    fn put(&mut self, bytes: &[u8], files: &[RawFd]) -> bool {
+    pub(crate) fn put(&mut self, bytes: &[u8], files: &[RawFd]) -> bool {
         match files {
             _ if bytes.is_empty() => true,
             [] => self.socket.write_all(bytes).is_ok(),
@@ -426,7 +456,7 @@ impl FrontEnd {
     }
 
     /// Reads what has been answered, so that the back-end can go on answering.
-    fn drain(&mut self) -> bool {
+    pub(crate) fn drain(&mut self) -> bool {
         self.socket.set_nonblocking(true).expect("a socket");
         let mut bytes = [0; 4096];
         let read = self.socket.read(&mut bytes);
@@ -442,7 +472,7 @@ impl FrontEnd {
     }
 
     /// Says that nothing more will come, and reads the answers until the back-end hangs up too.
-    fn hang_up(&mut self) {
+    pub(crate) fn hang_up(&mut self) {
         // It may have hung up before.
         let _ = self.socket.shutdown(Shutdown::Write);
         let mut bytes = [0; 4096];

@@ -394,3 +394,28 @@ fn operations_that_the_kernel_refused_are_handed_over_again() {
     assert!(!worker.needs_polling());
     assert_eq!(driver.used().len(), 1);
 }
+
+#[test]
+fn a_request_that_changes_after_it_was_taken_is_what_it_was() {
+    let mut bench = bench(Options::default());
+    let before: Vec<u8> = bench.disk.content(bench.file);
+    for rewrite in 0..3u64 {
+        bench.engine.inner().set_hold(3);
+        bench.driver.write(HEADER, &header(IN, 9));
+        bench.driver.write(STATUS, &[UNTOUCHED; 2]);
+        let head = bench.driver.send(&[(HEADER, 16, false), (DATA, 512, true), (STATUS, 1, true)]);
+        bench.worker.turn();
+        // The guest makes a write elsewhere of it, with another length and another status byte.
+        bench.driver.write(HEADER, &header(OUT, 700));
+        match rewrite {
+            0 => {}
+            1 => bench.driver.put(RINGS, head + 1, HOLE, u32::MAX, 0, 0),
+            _ => bench.driver.put(RINGS, head + 2, STATUS + 1, 9000, 2, 0),
+        }
+        bench.run();
+        assert_eq!(bench.driver.used(), [(head, 513)], "{rewrite}");
+        assert_eq!(bench.driver.read(STATUS, 2), [0, UNTOUCHED], "{rewrite}");
+        assert_eq!(bench.driver.read(DATA, 1), [pattern(9 * 512)], "{rewrite}");
+        assert!(bench.disk.content(bench.file) == before, "{rewrite}: nothing was written");
+    }
+}

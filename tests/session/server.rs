@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use vhost_user_qcow2::blk::{Device, Settings};
 use vhost_user_qcow2::image::{Format, Image, OpenOptions};
-use vhost_user_qcow2::storage::files::Files;
+use vhost_user_qcow2::storage::files::{Files, Options as FileOptions};
 use vhost_user_qcow2::storage::host::{Aio, engine};
 use vhost_user_qcow2::storage::{
     Engine, FileId, Lane, Limits, Op, Pending, Purpose, Storage, block_on,
@@ -33,11 +33,14 @@ pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
 pub(crate) struct Options {
     pub(crate) queues: u16,
     pub(crate) threads: usize,
+    /// Around the page cache, where the file system can.
+    pub(crate) direct: bool,
+    pub(crate) terms: Terms,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Self { queues: 64, threads: 2 }
+        Self { queues: 64, threads: 2, direct: false, terms: Terms::default() }
     }
 }
 
@@ -233,7 +236,7 @@ fn serve(
     gate: Arc<Gate>,
     (stopped, sizes): (UnixStream, UnixStream),
 ) {
-    let files = Files::new(Default::default());
+    let files = Files::new(FileOptions { direct: options.direct, ..FileOptions::default() });
     let control = engine(Aio::Threads, &files, 0).expect("an engine");
     let open = OpenOptions { format: Some(Format::Raw), ..OpenOptions::default() };
     let image = block_on(&*control, Image::open(&*control, &*files, &path, &open));
@@ -245,7 +248,7 @@ fn serve(
     });
     let export = Arc::new(Export::new(Pool::new(device, engines, options.threads)));
     let operator = Operator { socket: sizes, engine: &*control };
-    let (entrance, terms) = (Entrance::Listening(listener), Terms::default());
+    let (entrance, terms) = (Entrance::Listening(listener), options.terms);
     let served = vhost::serve_at(&entrance, &export, &stopped, &terms, Some(Box::new(operator)));
     served.expect("the service");
     drop(entrance);

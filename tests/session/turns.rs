@@ -101,6 +101,7 @@ fn more_front_ends_than_there_is_room_for_wait_outside() {
     let server = Server::start(Options::default());
     let mut inside: Vec<FrontEnd> = (0..16).map(|_| server.connect()).collect();
     for front_end in &mut inside {
+        front_end.negotiate();
         front_end.ask_u64(R::GET_FEATURES);
     }
     let mut outside = server.connect();
