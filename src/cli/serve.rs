@@ -140,7 +140,6 @@ fn serve(
 ) -> Result<()> {
     let socket = origin.path();
     let entrance = origin.open()?;
-    let announced = arguments.listening.announce()?;
     let control = match &arguments.control {
         None => None,
         Some(control) => {
@@ -148,6 +147,7 @@ fn serve(
             Some(Box::new(socket) as Box<dyn Control>)
         }
     };
+    let announced = arguments.listening.announce()?;
     logging.serving();
     let socket = socket.map(|path| std::path::absolute(&path).unwrap_or(path));
     if let Some(socket) = &socket {

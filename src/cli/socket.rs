@@ -25,10 +25,12 @@ pub struct Listening {
 
     /// The permissions of the socket's file, in octal [default: what the umask leaves]
     #[arg(long, value_name = "MODE", value_parser = mode, requires = "socket")]
+    #[arg(conflicts_with = "fd")]
     pub socket_mode: Option<u32>,
 
     /// The group of the socket's file, by name or number
     #[arg(long, value_name = "GROUP", value_parser = group, requires = "socket")]
+    #[arg(conflicts_with = "fd")]
     pub socket_group: Option<u32>,
 
     /// End when the front-end that has used the disk has gone, as if told by SIGTERM

@@ -155,8 +155,8 @@ impl Connection {
     }
 }
 
-/// Whether an answer can be written at once. The kernel says so as long as no more than a quarter of
-/// the socket's buffer is full, and no answer takes a quarter.
+/// Whether an answer can be written at once. The kernel says so as long as no more than a quarter
+/// of the socket's buffer is full, and no answer takes a quarter.
 fn has_room(socket: &UnixStream) -> bool {
     let mut question = [PollFd::new(socket.as_fd(), PollFlags::POLLOUT)];
     // A connection that is over has room too: writing says so.

@@ -286,20 +286,10 @@ fn spoil(chunk: &mut Chunk, random: &mut fastrand::Rng) {
     }
 }
 
-/// Makes one stream of all messages, changes bytes, and cuts it up anew.
-fn stream(steps: Vec<Step>, random: &mut fastrand::Rng) -> Vec<Step> {
-    let (mut bytes, mut files, mut kicks) = (Vec::new(), Vec::new(), Vec::new());
-    for step in steps {
-        match step {
-            Step::Say(chunk) => {
-                files.extend(chunk.files.into_iter().map(|file| (bytes.len(), file)));
-                bytes.extend(chunk.bytes);
-            }
-            Step::Kick(queue) => kicks.push((bytes.len(), queue)),
-            Step::Read => {}
-        }
-    }
-    for _ in 0..random.usize(0..12) {
+/// Changes, cuts, repeats and inserts bytes, and adds descriptors.
+fn mutate(bytes: &mut Vec<u8>, files: &mut Vec<(usize, Passed)>, random: &mut fastrand::Rng) {
+    let most = random.choice([1, 4, 12]).expect("a number");
+    for _ in 0..random.usize(0..most) {
         let at = random.usize(0..=bytes.len());
         let end = (at + random.usize(0..40)).min(bytes.len());
         match random.u8(0..6) {
@@ -319,10 +309,33 @@ fn stream(steps: Vec<Step>, random: &mut fastrand::Rng) -> Vec<Step> {
             }
         }
     }
+}
+
+/// Makes one stream of all messages, changes bytes, and cuts it up anew.
+fn stream(steps: Vec<Step>, random: &mut fastrand::Rng) -> Vec<Step> {
+    let (mut bytes, mut files, mut kicks) = (Vec::new(), Vec::new(), Vec::new());
+    let mut starts = Vec::new();
+    for step in steps {
+        match step {
+            Step::Say(chunk) => {
+                starts.push(bytes.len());
+                files.extend(chunk.files.into_iter().map(|file| (bytes.len(), file)));
+                bytes.extend(chunk.bytes);
+            }
+            Step::Kick(queue) => kicks.push((bytes.len(), queue)),
+            Step::Read => {}
+        }
+    }
+    mutate(&mut bytes, &mut files, random);
+    // Descriptors come with the first byte of what is sent at once, so whether pieces end where
+    // messages do makes a difference.
+    let is_cut_anywhere = random.u8(0..3) == 0;
     let (mut steps, mut at) = (Vec::new(), 0);
     while at < bytes.len() && steps.len() < MOST_STEPS {
         let most = random.choice([1, 12, 20, 64, 4096]).expect("a length");
-        let end = (at + random.usize(1..=most)).min(bytes.len());
+        let next = starts.iter().copied().find(|start| *start > at).unwrap_or(bytes.len());
+        let any = at + random.usize(1..=most);
+        let end = if is_cut_anywhere { any } else { next }.min(bytes.len());
         let inside = |place: usize| (at..end).contains(&place);
         let files = files.iter().filter(|(place, _)| inside(*place)).map(|(_, file)| *file);
         let chunk = Chunk { bytes: bytes[at..end].to_vec(), files: files.take(60).collect() };

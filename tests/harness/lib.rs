@@ -7,7 +7,8 @@
 //!
 //! [`image`] spoils an image and uses it as a guest would; [`chain`] lays descriptors and garbage
 //! out in a guest's memory and lets a worker serve them; [`messages`] is a front-end that says
-//! anything, [`handshakes`] are several that begin as real ones do. [`examples`] has inputs to start from.
+//! anything, and [`handshakes`] are several that begin as real ones do. [`examples`] has inputs to
+//! start from.
 
 pub mod chain;
 #[path = "../common/driver.rs"]

@@ -319,7 +319,9 @@ fn memory_is_added_while_every_queue_runs() {
     let server = Server::start(Options { threads: 3, ..Options::default() });
     let (mut front_end, mut guest) = server.attached(6);
     for round in 0..20 {
-        (0..6).for_each(|queue| guest.send(queue, IN, 9, &[(DATA, 512, true)]));
+        for queue in 0..6 {
+            guest.send(queue, IN, 9, &[(DATA, 512, true)]);
+        }
         (0..6).for_each(|queue| guest.kick(queue));
         front_end.add_region(&guest, 2);
         for queue in 0..6 {
