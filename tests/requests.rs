@@ -5,6 +5,8 @@
 mod bench;
 #[path = "common/driver.rs"]
 mod driver;
+#[path = "requests/limits.rs"]
+mod limits;
 #[path = "requests/rings.rs"]
 mod rings;
 

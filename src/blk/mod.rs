@@ -2,7 +2,10 @@
 //!
 //! Section numbers are those of the virtio specification 1.2; 5.2 is the block device.
 
+mod bucket;
 pub mod complain;
+pub mod limit;
+pub mod rates;
 pub mod request;
 pub mod serve;
 pub mod stats;
@@ -16,6 +19,7 @@ use virtio_bindings::virtio_blk::{
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 
+use crate::blk::limit::Limiter;
 use crate::image::Image;
 use crate::raw::Raw;
 use crate::storage::FileId;
@@ -78,20 +82,33 @@ pub struct Device {
     image: Arc<Image>,
     settings: Settings,
     write_back: AtomicBool,
+    limiter: Arc<Limiter>,
 }
 
 impl Device {
     /// A device over `image`.
     pub fn new(image: Arc<Image>, settings: Settings) -> Self {
         let write_back = AtomicBool::new(settings.write_back);
-        Self { image, settings, write_back }
+        Self { image, settings, write_back, limiter: Limiter::new() }
+    }
+
+    /// The same device with rate limits that it may share with others over the same image.
+    #[must_use]
+    pub fn with_limiter(self, limiter: Arc<Limiter>) -> Self {
+        Self { limiter, ..self }
+    }
+
+    /// What limits the rates of all workers together.
+    pub fn limiter(&self) -> &Arc<Limiter> {
+        &self.limiter
     }
 
     /// The same device over a disk of no bytes, which stands in while the image is changed.
     #[must_use]
     pub fn without_image(&self) -> Self {
         let nothing = Image::from_raw(Raw::new(FileId(u32::MAX), 0), true);
-        Self::new(Arc::new(nothing), self.settings.clone())
+        let device = Self::new(Arc::new(nothing), self.settings.clone());
+        device.with_limiter(Arc::clone(&self.limiter))
     }
 
     /// The guest's disk, if nothing else holds it.

@@ -15,11 +15,12 @@ use std::path::{Path, PathBuf};
 use clap::builder::PossibleValuesParser;
 use clap::{Parser, Subcommand};
 
+use crate::blk::rates::RateLimits;
 use crate::blk::{SERIAL_BYTES, Settings};
 pub use crate::cli::values::{
     Cache, DiscardMode, Engine, FullMode, ImageFormat, Processors, ZeroesMode,
 };
-use crate::cli::values::{processors, queue_size, serial};
+use crate::cli::values::{processors, queue_size, rates, serial};
 use crate::error::Result;
 use crate::image::policy::{DetectZeroes, Discards};
 use crate::image::{Format, OpenOptions, Policy};
@@ -131,6 +132,11 @@ pub struct Arguments {
     /// The Unix socket on which the disk can be looked at and resized, for `ctl`
     #[arg(long, value_name = "PATH")]
     pub control: Option<PathBuf>,
+
+    /// Limit the rate: bw_size=BYTES,bw_refill_time=MS,bw_one_time_burst=BYTES and the same with
+    /// ops for requests; a bucket of that size is refilled in that time [default: 1000]
+    #[arg(long, value_name = "KEY=N,...", value_parser = rates)]
+    pub rate_limit: Option<RateLimits>,
 
     /// How much to log: error, warn, info, debug or trace [default: info]; RUST_LOG overrides it
     #[arg(long, value_name = "LEVEL")]
@@ -341,6 +347,8 @@ mod tests {
             ["--detect-zeroes", "yes"],
             ["--on-enospc", "stop"],
             ["--log-level", "loud"],
+            ["--rate-limit", "bw_size"],
+            ["--rate-limit", "bw_size=1,bw_refill_time=0"],
         ] {
             let words = ["x", "--socket", "s", "--image", "i"];
             assert!(Arguments::try_parse_from(words.iter().chain(&wrong)).is_err(), "{wrong:?}");

@@ -7,6 +7,7 @@ use std::path::Path;
 use signal_hook::consts::{SIGINT, SIGTERM};
 
 use crate::blk::Device;
+use crate::blk::limit::Limiter;
 use crate::cli::control::Socket;
 use crate::cli::logging::Logging;
 use crate::cli::socket::Origin;
@@ -43,8 +44,10 @@ pub fn run(arguments: &Arguments, logging: Logging) -> Result<()> {
     }
     let engine = host::engine(arguments.aio(), &files, 0)?;
     let image = Arc::new(open(arguments, &*engine, &files, path)?);
-    let device = Arc::new(Device::new(image, arguments.settings(path)));
-    let pool = Pool::new(device, engines(arguments, &files), arguments.threads());
+    let limiter = Limiter::new();
+    limiter.set(arguments.rate_limit.unwrap_or_default())?;
+    let device = Device::new(image, arguments.settings(path)).with_limiter(limiter);
+    let pool = Pool::new(Arc::new(device), engines(arguments, &files), arguments.threads());
     let export = Arc::new(Export::new(pool));
     let own = Own { path, files: &files, engine: &*engine, export: &export };
     let served = serve(arguments, logging, origin, &own, &stop);

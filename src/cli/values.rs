@@ -5,6 +5,7 @@ use nix::sched::{CpuSet, sched_setaffinity};
 use nix::unistd::Pid;
 
 use crate::blk::SERIAL_BYTES;
+use crate::blk::rates::RateLimits;
 use crate::error::Error;
 use crate::image::Format;
 
@@ -80,6 +81,10 @@ pub enum FullMode {
     Report,
     /// What needs space waits until there is some; the guest sees a disk that takes its time
     Stall,
+}
+
+pub(super) fn rates(text: &str) -> std::result::Result<RateLimits, String> {
+    text.parse().map_err(|error: Error| error.to_string())
 }
 
 pub(super) fn queue_size(text: &str) -> Result<u16, String> {

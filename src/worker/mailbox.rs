@@ -147,13 +147,14 @@ impl<F: Future<Output = ()>> Thread<F> {
     }
 
     fn timeout_ms(&self) -> i32 {
+        let throttled = self.worker.throttled_ms();
         let storage = self.worker.storage();
         if storage.pollable() < 0 && storage.is_busy() {
             0
         } else if self.worker.needs_polling() {
             POLL_INTERVAL_MS
         } else {
-            -1
+            throttled.unwrap_or(-1)
         }
     }
 

@@ -12,14 +12,17 @@ pub mod poller;
 pub mod pool;
 pub mod queue;
 mod replay;
+mod throttle;
 
 use std::any::Any;
+use std::cell::RefCell;
 use std::fmt;
 use std::rc::Rc;
 
 use vm_memory::{GuestMemoryMmap, MmapRegion};
 
 use crate::blk::Device;
+use crate::blk::limit::{Admission, Seat};
 use crate::blk::request::{Request, Rules, parse};
 use crate::blk::serve::{Context, serve};
 use crate::blk::stats::Totals;
@@ -120,6 +123,8 @@ pub struct Worker<F> {
     first: usize,
     /// The kernel took no operations when they were handed over last; they wait.
     refused: bool,
+    /// Where this worker stands when rates are limited.
+    seat: Seat,
 }
 
 impl<F> fmt::Debug for Worker<F> {
@@ -136,16 +141,19 @@ pub fn worker(
     unpark: impl Fn() + Send + Sync + 'static,
 ) -> Worker<impl Future<Output = ()>> {
     let memory = Arc::new(GuestMemory::default());
+    let unpark = Arc::new(unpark);
+    let seat = context.device.limiter().seat(unpark.clone());
     Worker {
         context,
         serve,
-        tasks: TaskSet::new(tasks, unpark),
+        tasks: TaskSet::new(tasks, move || unpark()),
         rings: Vec::new(),
         keep: Rc::new(Arc::clone(&memory)),
         memory,
         logging: None,
         first: 0,
         refused: false,
+        seat,
     }
 }
 
@@ -248,7 +256,7 @@ impl<F: Future<Output = ()>> Worker<F> {
     /// sleep as [`Worker::park`] says.
     pub fn turn(&mut self) -> Progress {
         let mut progress = Progress { reaped: self.storage().reap(), ..Progress::default() };
-        progress.popped = self.pop();
+        progress.popped = if self.seat.is_free() { self.pop(None) } else { self.pop_limited() };
         if progress.reaped != 0 || progress.popped != 0 {
             self.context.clock.tick();
         }
@@ -262,7 +270,10 @@ impl<F: Future<Output = ()>> Worker<F> {
         progress
     }
 
-    fn pop(&mut self) -> usize {
+    /// Takes chains from the rings; `limit` has what their rates allow, if those are limited.
+    fn pop(&mut self, limit: Option<Admission<'_>>) -> usize {
+        let limit = limit.map(RefCell::new);
+        let is_open = || limit.as_ref().is_none_or(|limit| limit.borrow().is_open());
         let image = self.context.device.image();
         let write_back = self.context.device.is_write_back();
         let mut rules = Rules {
@@ -277,18 +288,21 @@ impl<F: Future<Output = ()>> Worker<F> {
         let mut popped = 0;
         for turn in 0..count {
             let ring = &mut self.rings[self.first.wrapping_add(turn) % count];
-            if !ring.is_open() || !self.tasks.has_room() {
+            if !ring.is_open() || !self.tasks.has_room() || !is_open() {
                 continue;
             }
             rules.write_through = !(write_back && ring.has_flush);
             rules.outlives = ring.outlives();
-            let tasks = std::cell::RefCell::new(&mut self.tasks);
+            let tasks = RefCell::new(&mut self.tasks);
             let result = ring.pop(
                 map,
-                || tasks.borrow().has_room(),
+                || tasks.borrow().has_room() && is_open(),
                 |chain, completions| {
                     let head = chain.head_index();
                     let parsed = parse(chain, map, &self.keep, &rules);
+                    if let Some(limit) = &limit {
+                        limit.borrow_mut().charge(&parsed.request.action);
+                    }
                     let used = Used { head, len: parsed.writable };
                     let token = Token::new(completions, used, parsed.status);
                     let context = Rc::clone(&self.context);
@@ -322,8 +336,8 @@ impl<F: Future<Output = ()>> Worker<F> {
         if self.tasks.ready().any() {
             return false;
         }
-        // Without room no chain can be taken, so no kick is wanted either.
-        if !self.tasks.has_room() {
+        // Without room or tokens no chain can be taken, so no kick is wanted either.
+        if !self.tasks.has_room() || self.seat.waits() {
             return true;
         }
         let mut quiet = true;

@@ -194,6 +194,15 @@ impl Ring {
         self.log.iter().for_each(RingLog::mark_wish);
     }
 
+    /// Whether there are chains that were not taken.
+    ///
+    /// # Errors
+    /// When the ring is not in guest memory any more.
+    pub fn has_available(&self, memory: &GuestMemoryMmap) -> Result<bool, RingError> {
+        let index = self.queue.avail_idx(memory, Ordering::Acquire);
+        Ok(index.map_err(RingError::Available)?.0 != self.queue.next_avail())
+    }
+
     /// Takes up to `room` chains and gives each to `each`; returns how many. Everything about the
     /// ring that makes no sense breaks it for good: the front-end is told and no more is taken.
     pub fn pop(

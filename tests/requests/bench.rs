@@ -6,6 +6,7 @@ use std::os::unix::net::UnixStream;
 use std::rc::Rc;
 use std::sync::Arc;
 
+use vhost_user_qcow2::blk::limit::Limiter;
 use vhost_user_qcow2::blk::serve::Context;
 use vhost_user_qcow2::blk::{Device, Settings};
 use vhost_user_qcow2::image::Image;
@@ -119,11 +120,14 @@ pub(crate) struct Options {
     pub(crate) has_flush: bool,
     pub(crate) size: u16,
     pub(crate) start: u16,
+    pub(crate) limiter: Arc<Limiter>,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Self { seed: 1, read_only: false, event_idx: false, has_flush: true, size: 64, start: 0 }
+        let limiter = Limiter::new();
+        let (read_only, event_idx, has_flush) = (false, false, true);
+        Self { seed: 1, read_only, event_idx, has_flush, size: 64, start: 0, limiter }
     }
 }
 
@@ -138,7 +142,8 @@ pub(crate) fn bench(options: Options) -> Bench<impl Future<Output = ()>> {
     let faults = Faults::new();
     let engine = Rc::new(Fault::new(disk.engine(1, options.seed), faults.clone()));
     let image = Arc::new(Image::from_raw(Raw::new(file, DISK), options.read_only));
-    let device = Arc::new(Device::new(image, Settings::default()));
+    let device = Device::new(image, Settings::default()).with_limiter(options.limiter);
+    let device = Arc::new(device);
     let context = Rc::new(Context::new(Arc::clone(&device), engine.clone()));
     let mut worker = worker(context, 256, || {});
     let memory = GuestMemoryMmap::from_ranges(&RAM).expect("guest memory");

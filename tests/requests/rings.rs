@@ -101,8 +101,13 @@ fn kicks_are_asked_for_only_before_sleeping_and_a_late_chain_is_not_missed() {
     }
 }
 
+/// A ring that is polled and has no descriptors.
+pub(crate) fn setup(state: QueueState) -> RingSetup {
+    RingSetup { state, kick: None, call: None, error: None, has_flush: true, inflight: None }
+}
+
 /// A second ring on the same worker.
-fn second_ring<F: Future<Output = ()>>(bench: &mut Bench<F>) -> (Driver, EventNotifier) {
+pub(crate) fn second_ring<F: Future<Output = ()>>(bench: &mut Bench<F>) -> (Driver, EventNotifier) {
     let driver = Driver::new(&bench.memory, RINGS + 0x4_0000, 16);
     let (_, call) = event();
     let setup = RingSetup {
