@@ -310,18 +310,20 @@ impl<E: Engine + 'static> Engine for Bounce<E> {
     }
 
     fn wait(&self) -> io::Result<()> {
-        self.submit_all()?;
-        while self.is_busy() && self.reap() == 0 {
-            self.submit_all()?;
-            if self.steps.inner.pollable() >= 0 {
-                sys::wait_readable(&[self.epoll])?;
-            } else {
+        loop {
+            // Tasks that end here may be all that the caller waits for.
+            let ended = self.reap();
+            self.steps.inner.submit_all()?;
+            if ended > 0 || !self.is_busy() {
+                return Ok(());
+            }
+            if self.steps.inner.pollable() < 0 {
                 self.steps.inner.wait()?;
                 self.run_tasks();
-                break;
+                return Ok(());
             }
+            sys::wait_readable(&[self.epoll])?;
         }
-        Ok(())
     }
 }
 

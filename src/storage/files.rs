@@ -29,11 +29,14 @@ pub struct Options {
     pub lock: bool,
     /// Whether what the host has no space for waits until there is some, instead of failing.
     pub stall: bool,
+    /// Whether calls that need not wait for the disk are made at once, on the worker's own thread;
+    /// only through the page cache are there such calls.
+    pub prompt: bool,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Self { direct: false, sync: true, lock: true, stall: false }
+        Self { direct: false, sync: true, lock: true, stall: false, prompt: true }
     }
 }
 
@@ -71,6 +74,8 @@ pub(super) enum Lack {
     ZeroRange = 2,
     /// Telling a block device that blocks are not needed.
     Discard = 4,
+    /// Reading only what is in the page cache.
+    ReadCached = 8,
 }
 
 impl OpenFile {
@@ -308,6 +313,11 @@ impl Seen {
     /// Whether syncs do anything.
     pub(super) fn syncs(&self) -> bool {
         self.files.options.sync
+    }
+
+    /// Whether there are calls that are made at once.
+    pub(super) fn is_prompt(&self) -> bool {
+        self.files.options.prompt && !self.files.options.direct
     }
 
     /// The threads that carry out what would block.

@@ -17,6 +17,7 @@ mod lock;
 pub mod mem;
 pub mod ops;
 mod plan;
+mod prompt;
 pub mod stall;
 mod sys;
 pub mod threads;

@@ -157,6 +157,24 @@ pub(super) unsafe fn read_at(file: &File, segments: &[libc::iovec], at: u64) -> 
     transferred(unsafe { libc::preadv(file.as_raw_fd(), segments.as_ptr(), count, signed(at)?) })
 }
 
+/// As [`read_at`], but fails with `EAGAIN` rather than wait for the disk.
+///
+/// # Errors
+/// What the kernel answered; `EOPNOTSUPP` where the file system cannot tell.
+///
+/// # Safety
+/// As for [`read_at`].
+pub(super) unsafe fn read_cached_at(
+    file: &File,
+    segments: &[libc::iovec],
+    at: u64,
+) -> io::Result<usize> {
+    let count = libc::c_int::try_from(segments.len()).expect("at most IOV_MAX segments");
+    let (fd, at) = (file.as_raw_fd(), signed(at)?);
+    // SAFETY: the segments are valid by this function's contract.
+    transferred(unsafe { libc::preadv2(fd, segments.as_ptr(), count, at, libc::RWF_NOWAIT) })
+}
+
 /// Writes `segments` from `at` on; returns how many bytes.
 ///
 /// # Errors

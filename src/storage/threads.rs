@@ -19,6 +19,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 use super::files::{Files, OpenFile, Seen};
 use super::ops::{OpTable, Pending};
 use super::plan::{Call, Plan, Step};
+use super::prompt::Prompt;
 use super::{Engine, FileId, Lane, Limits, Op, Purpose, Storage, sys};
 use crate::sync::{Arc, Mutex, lock};
 
@@ -226,6 +227,7 @@ impl Drop for Pool {
 pub struct Threads {
     lane: Lane,
     seen: Seen,
+    prompt: Prompt,
     table: Rc<OpTable<Op>>,
     running: Cell<usize>,
     queue: RefCell<VecDeque<Job>>,
@@ -240,9 +242,11 @@ impl Threads {
     /// # Errors
     /// When the process has no descriptors left.
     pub fn new(files: &Arc<Files>, lane: usize) -> io::Result<Self> {
+        let seen = Seen::new(Arc::clone(files));
         Ok(Self {
             lane: Lane(lane),
-            seen: Seen::new(Arc::clone(files)),
+            prompt: Prompt::new(&seen),
+            seen,
             table: OpTable::new(),
             running: Cell::new(0),
             queue: RefCell::default(),
@@ -268,8 +272,10 @@ impl Storage for Threads {
         }
         let file = self.seen.get(file);
         let mut plan = self.spare.borrow_mut().pop().unwrap_or_default();
-        match plan.start(&file, &op) {
+        // SAFETY: `op` holds the memory of its buffer, whose bytes are never borrowed.
+        match unsafe { self.prompt.begin(&file, &mut plan, &op) } {
             Step::Done(result) => {
+                plan.settle(&op);
                 self.spare.borrow_mut().push(plan);
                 Pending::ready(result)
             }

@@ -31,6 +31,7 @@ use io_uring::{IoUring, Probe, cqueue, opcode, squeue};
 use super::files::{Files, Seen};
 use super::ops::{OpTable, Pending};
 use super::plan::{Call, Plan, Step};
+use super::prompt::Prompt;
 use super::threads::{Answer, Job, Mailbox};
 use super::{Engine, FileId, Lane, Limits, Op, Purpose, Storage};
 use crate::sync::Arc;
@@ -98,6 +99,7 @@ struct Running {
 pub struct Uring {
     lane: Lane,
     seen: Seen,
+    prompt: Prompt,
     ring: RefCell<IoUring>,
     table: Rc<OpTable<Running>>,
     /// How many operations are in the table.
@@ -123,9 +125,11 @@ impl Uring {
     /// # Errors
     /// When the kernel gives no ring.
     pub fn new(files: &Arc<Files>, lane: usize) -> io::Result<Self> {
+        let seen = Seen::new(Arc::clone(files));
         Ok(Self {
             lane: Lane(lane),
-            seen: Seen::new(Arc::clone(files)),
+            prompt: Prompt::new(&seen),
+            seen,
             ring: RefCell::new(make_ring()?),
             table: OpTable::new(),
             running: Cell::new(0),
@@ -295,9 +299,11 @@ impl Storage for Uring {
             return Pending::ready(Ok(()));
         }
         let mut plan = self.spare.borrow_mut().pop().unwrap_or_default();
-        let step = plan.start(&self.seen.get(file), &op);
+        // SAFETY: `op` holds the memory of its buffer, whose bytes are never borrowed.
+        let step = unsafe { self.prompt.begin(&self.seen.get(file), &mut plan, &op) };
         match step {
             Step::Done(result) => {
+                plan.settle(&op);
                 self.spare.borrow_mut().push(plan);
                 Pending::ready(result)
             }

@@ -236,7 +236,9 @@ fn serve(
     gate: Arc<Gate>,
     (stopped, sizes): (UnixStream, UnixStream),
 ) {
-    let files = Files::new(FileOptions { direct: options.direct, ..FileOptions::default() });
+    // Answers that are there at once could not be held.
+    let choice = FileOptions { direct: options.direct, prompt: false, ..FileOptions::default() };
+    let files = Files::new(choice);
     let control = engine(Aio::Threads, &files, 0).expect("an engine");
     let open = OpenOptions { format: Some(Format::Raw), ..OpenOptions::default() };
     let image = block_on(&*control, Image::open(&*control, &*files, &path, &open));
