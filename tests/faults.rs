@@ -31,7 +31,7 @@ const POISONING: [Purpose; 8] = [
 ];
 
 /// Every purpose there is.
-const PURPOSES: [Purpose; 25] = [
+const PURPOSES: [Purpose; 26] = [
     Purpose::GuestRead,
     Purpose::GuestWrite,
     Purpose::GuestZero,
@@ -51,6 +51,7 @@ const PURPOSES: [Purpose; 25] = [
     Purpose::RefblockLoad,
     Purpose::RefblockWrite,
     Purpose::RefblockInit,
+    Purpose::TableRoom,
     Purpose::SnapshotRead,
     Purpose::SyncData,
     Purpose::SyncReftable,
@@ -199,6 +200,40 @@ impl Sweep {
             self.try_rule(Rule { fate: Fate::Short { bytes, errno }, ..rule });
         }
     }
+}
+
+#[test]
+fn no_room_for_a_table_is_an_error_of_one_request() {
+    // An L1 table of three sectors, and a refcount table that grows.
+    let made = Layout::new(9, 9000, Kind::Empty).with_refcount_bits(64).make(1);
+    let mut count = 0;
+    for nth in 1.. {
+        let (disk, faults) = (made.disk(), Faults::new());
+        let purpose = Some(Purpose::TableRoom);
+        faults.add(Rule { purpose, ..Rule::fail(nth, ENOSPC) });
+        let engine = Fault::new(disk.engine(0, nth), faults.clone());
+        let image = open(&engine, &disk, nth.is_multiple_of(2)).expect("opening");
+        let mut failed = 0;
+        for at in (0..9000_u64).step_by(45) {
+            let bytes = Buf::copy_of(&[7; 45 * 512]);
+            let write = || image.write(&engine, GuestOffset(at * 512), bytes.clone());
+            if block_on(&engine, write()).is_err() {
+                failed += 1;
+                block_on(&engine, write()).expect("there is room again");
+            }
+            block_on(&engine, image.flush(&engine)).expect("nothing is poisoned");
+        }
+        block_on(&engine, image.close(&engine)).expect("closing");
+        let report = disk.look(IMAGE, check).expect("the image");
+        assert!(report.is_clean(), "{nth}: {report:?}");
+        assert_eq!(failed, faults.fired(), "{nth}");
+        if failed == 0 {
+            break;
+        }
+        count += 1;
+    }
+    println!("no_room_for_a_table_is_an_error_of_one_request: {count} failures");
+    assert!(count > 3, "three sectors, and a table that grows: {count}");
 }
 
 macro_rules! layouts {

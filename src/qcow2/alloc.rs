@@ -276,14 +276,22 @@ impl Qcow2 {
             return Err(Error::unsupported("growing the refcount table", why));
         }
         let run = self.contiguous_at_frontier(st, clusters).await?;
+        let at = self.geometry.host_start(run.first);
+        // Without room for it now, one request fails. Later, a flush would.
+        let room = self.zero_metadata(st, Purpose::TableRoom, at, clusters * cluster).await;
+        if room.is_err() {
+            self.allocator.put_free(run);
+            return room;
+        }
         let entries = usize::try_from(clusters * per_cluster).expect("below the limit");
         let before = self.refcounts.start_growing(entries);
         let covered = self.cover_or_give_back(st, run).await;
         self.refcounts.stop_growing(before);
-        covered?;
+        if covered.is_err() {
+            self.regions.remove(at, clusters * cluster);
+            return covered;
+        }
         self.refcounts.adjust(st, run, true).await?;
-        let at = self.geometry.host_start(run.first);
-        self.regions.add(at, clusters * cluster);
         // Covering the table may have needed a larger one.
         let unused = if self.refcounts.lacks_room(entries - 1) {
             self.refcounts.set_next_table(at, entries)

@@ -288,6 +288,7 @@ impl Qcow2 {
             return Ok(());
         }
         let index = self.geometry.l1_index(cluster);
+        self.make_l1_room(st, index).await?;
         let _claim = self.tables.claim(index as u64..index as u64 + 1).await;
         let (entry, old) = self.l1_entry(cluster)?;
         if is_own(entry) {
@@ -309,6 +310,27 @@ impl Qcow2 {
             self.limbo.unlinked(run, self.epochs.now());
         }
         Ok(())
+    }
+
+    /// Before the first entry of a sector of the L1 table is set: makes sure that the host has room
+    /// for the sector, since the table of an image that is new lies in a hole of the file. If a
+    /// flush finds that there is none, the image takes no more writes.
+    async fn make_l1_room(&self, st: &dyn Storage, index: usize) -> Result<()> {
+        const ENTRIES: usize = 64;
+        let first = index - index % ENTRIES;
+        let sector = &self.l1[first..(first + ENTRIES).min(self.l1.len())];
+        let is_empty = || sector.iter().all(|entry| entry.load(Ordering::Acquire) == 0);
+        if !is_empty() {
+            return Ok(());
+        }
+        // Nobody sets an entry meanwhile, so no flush writes to the sector either.
+        let _claim = self.tables.claim(first as u64..(first + sector.len()) as u64).await;
+        if !is_empty() {
+            return Ok(());
+        }
+        let (at, len) = (self.header.l1_at + first as u64 * 8, sector.len() as u64 * 8);
+        let room = st.submit(self.file, Purpose::TableRoom, Op::Zero { at, len, unmap: false });
+        room.await.map_err(|source| Error::io("making room for the L1 table", source))
     }
 
     async fn fill_table(

@@ -144,6 +144,8 @@ pub enum Purpose {
     RefblockWrite,
     /// First content of a new refcount block.
     RefblockInit,
+    /// Making sure that the host has room for entries of an L1 or refcount table, before any is set.
+    TableRoom,
     /// Reading the snapshot table or a snapshot's L1 table.
     SnapshotRead,
     /// First content of an L1 table at a new place.
