@@ -10,6 +10,8 @@ mod bounds;
 mod damage;
 #[path = "check/layouts.rs"]
 mod layouts;
+#[path = "check/losses.rs"]
+mod losses;
 #[path = "check/marks.rs"]
 mod marks;
 #[path = "check/power.rs"]

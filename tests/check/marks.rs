@@ -9,28 +9,28 @@ const DIRTY: u64 = 1;
 const CORRUPT: u64 = 2;
 
 /// A small image made by `qemu-img`, with some content.
-fn small(options: &str) -> Vec<u8> {
+pub(super) fn small(options: &str) -> Vec<u8> {
     let dir = Dir::new();
     dir.img(&["create", "-q", "-f", "qcow2", "-o", options, IMAGE, "4M"]);
     dir.io(IMAGE, &["write -q -P 7 0 512k".to_owned(), "write -q -P 8 1M 512k".to_owned()]);
     dir.read(IMAGE)
 }
 
-fn word(bytes: &[u8], at: usize) -> u64 {
+pub(super) fn word(bytes: &[u8], at: usize) -> u64 {
     u64::from_be_bytes(bytes[at..at + 8].try_into().expect("eight bytes"))
 }
 
-fn put(bytes: &mut [u8], at: usize, word: u64) {
+pub(super) fn put(bytes: &mut [u8], at: usize, word: u64) {
     bytes[at..at + 8].copy_from_slice(&word.to_be_bytes());
 }
 
 /// The place of the first L2 entry.
-fn first_entry(bytes: &[u8]) -> usize {
+pub(super) fn first_entry(bytes: &[u8]) -> usize {
     let offset = |word: u64| usize::try_from(word & 0x00ff_ffff_ffff_fe00).expect("small");
     offset(word(bytes, offset(word(bytes, 40))))
 }
 
-fn open(disk: &MemDisk, engine: &dyn Engine) -> Result<Image> {
+pub(super) fn open(disk: &MemDisk, engine: &dyn Engine) -> Result<Image> {
     let options = OpenOptions { format: Some(Format::Qcow2), ..OpenOptions::default() };
     block_on(engine, Image::open(engine, disk, Path::new(IMAGE), &options))
 }

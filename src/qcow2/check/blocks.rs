@@ -98,9 +98,9 @@ pub(super) async fn compare(target: &Target<'_>, references: &References, survey
             }
         }
     }
-    // What has no block counts as zero.
+    // What has no block, or one that cannot be read, counts as zero.
     for (cluster, seen) in references.leaves().flatten() {
-        if target.block_of(cluster) == Block::Absent {
+        if !matches!(target.block_of(cluster), Block::At(_)) {
             survey.rebuild |= seen.references > 0;
             judge(target, cluster, 0, seen, survey);
         }

@@ -229,14 +229,7 @@ impl<'w, 'a> Walk<'w, 'a> {
             let count = (root.entries - index).min(CHUNK / 8);
             self.spend(count)?;
             let read = self.target.read(Purpose::L1Load, root.at + index * 8, count * 8).await;
-            let bytes = match (read, notes.as_deref_mut()) {
-                (Ok(bytes), _) => bytes,
-                (Err(error), None) => return Err(error),
-                (Err(error), Some(survey)) => {
-                    survey.report.failed(&error);
-                    return Ok(());
-                }
-            };
+            let Some(bytes) = noted(read, notes)? else { return Ok(()) };
             for (step, word) in (0..).zip(words(&bytes)).filter(|(_, word)| *word != 0) {
                 let guest = (index + step).saturating_mul(coverage);
                 self.l1_entry(word, guest, root.active, from, tables, notes);
@@ -369,7 +362,8 @@ impl<'w, 'a> Walk<'w, 'a> {
         notes: &mut Option<&mut Survey>,
     ) -> Result<()> {
         self.refer_table("bitmap directory", directory.at, directory.len, notes);
-        let bytes = self.target.read(Purpose::HeaderRead, directory.at, directory.len).await?;
+        let read = self.target.read(Purpose::HeaderRead, directory.at, directory.len).await;
+        let Some(bytes) = noted(read, notes)? else { return Ok(()) };
         let mut at = 0_usize;
         for number in 0..directory.count {
             let entry = bytes.get(at..).unwrap_or_default();
@@ -405,7 +399,8 @@ impl<'w, 'a> Walk<'w, 'a> {
         while index < entries {
             let count = (entries - index).min(CHUNK / 8);
             self.spend(count)?;
-            let bytes = self.target.read(Purpose::HeaderRead, table + index * 8, count * 8).await?;
+            let read = self.target.read(Purpose::HeaderRead, table + index * 8, count * 8).await;
+            let Some(bytes) = noted(read, notes)? else { return Ok(()) };
             for word in words(&bytes).filter(|word| *word != 0) {
                 let at = word & BITMAP_OFFSET;
                 let unaligned = at & (cluster - 1) != 0 || (at != 0 && word & 1 != 0);
@@ -419,6 +414,18 @@ impl<'w, 'a> Walk<'w, 'a> {
             index += count;
         }
         Ok(())
+    }
+}
+
+/// What was read; `None` when that failed and was counted.
+fn noted(read: Result<Vec<u8>>, notes: &mut Option<&mut Survey>) -> Result<Option<Vec<u8>>> {
+    match (read, notes.as_deref_mut()) {
+        (Ok(bytes), _) => Ok(Some(bytes)),
+        (Err(error), None) => Err(error),
+        (Err(error), Some(survey)) => {
+            survey.report.failed(&error);
+            Ok(None)
+        }
     }
 }
 
