@@ -1,7 +1,8 @@
 //! What a repair takes from the guest, or cannot look at: told, and known to whoever relies on it.
 
 use vhost_user_qcow2::storage::fault::{Fault, Faults, Rule};
-use vhost_user_qcow2::storage::Purpose;
+use vhost_user_qcow2::storage::mem::Stage;
+use vhost_user_qcow2::storage::{Limits, Purpose};
 
 use super::marks::{put, small, word};
 use super::*;
@@ -68,4 +69,54 @@ fn what_a_block_counts_that_cannot_be_read_is_judged() {
     assert!(found.corruptions > found.allocated_clusters, "{found:?}");
     let report = run(&disk, Repair::All);
     assert!(report.is_clean() && report.losses == 0, "{report:?}");
+}
+
+/// An image on a device with some room, whose refcount block lies behind everything else, and whose
+/// refcounts must be made anew; and where the block is.
+fn on_a_device() -> (Vec<u8>, u64) {
+    const CLUSTER: usize = 4096;
+    let mut bytes = small("cluster_size=4k");
+    let (table, block) = refcounts(&bytes);
+    let moved = bytes.len().next_multiple_of(CLUSTER);
+    let content = bytes[index(block)..index(block) + CLUSTER].to_vec();
+    bytes.resize(moved, 0);
+    bytes.extend(content);
+    put(&mut bytes, table, moved as u64);
+    bytes[moved + moved / CLUSTER * 2 + 1] = 1;
+    bytes[moved + index(block) / CLUSTER * 2 + 1] = 0;
+    // A block behind the end of the device.
+    put(&mut bytes, table + 8, 1 << 45);
+    bytes.resize(moved + 64 * CLUSTER, 0);
+    (bytes, moved as u64)
+}
+
+#[test]
+fn a_rebuild_on_a_device_spares_the_old_refcounts_until_the_header_has_switched() {
+    let (bytes, old) = on_a_device();
+    let disk = disk_of(bytes);
+    disk.set_limits(FILE, Limits { grows: false, ..Limits::default() });
+    disk.start_trace();
+    let report = run(&disk, Repair::All);
+    assert!(report.is_clean() && report.losses == 0, "{report:?}");
+    let mut switched = false;
+    for event in disk.take_trace() {
+        let writes = matches!(event.why, Purpose::RefblockInit | Purpose::ReftableWrite);
+        if event.stage != Stage::Submitted || switched {
+            continue;
+        }
+        switched = event.why == Purpose::HeaderWrite && event.at == 48;
+        let hits = event.at < old + 4096 && old < event.at + event.len;
+        assert!(!(writes && hits), "the old block is overwritten: {event:?}");
+    }
+    assert!(switched, "the refcounts were made anew");
+    // Without room behind the old ones, nothing is changed.
+    let (mut bytes, old) = on_a_device();
+    bytes.truncate(index(old) + 4096);
+    let disk = disk_of(bytes.clone());
+    disk.set_limits(FILE, Limits { grows: false, ..Limits::default() });
+    let engine = disk.engine(0, 1);
+    let repaired = block_on(&engine, check(&engine, IMAGE, FILE, Repair::All));
+    let error = repaired.expect_err("no room").to_string();
+    assert!(error.contains("no room behind the last cluster"), "{error}");
+    assert!(disk.content(FILE) == bytes);
 }

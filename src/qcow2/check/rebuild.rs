@@ -1,10 +1,10 @@
 //! New refcount structures, when the old ones cannot be repaired in place.
 //!
-//! They are written to clusters that nothing uses, behind everything else; the header's twelve
-//! bytes that name the table are written last. Until then the image is as it was, after that every
-//! refcount is right: the clusters of the old structures are free.
+//! They are written to clusters that nothing uses, not even the old structures, behind everything
+//! that stays; the header's twelve bytes that name the table are written last. Until then the image
+//! is as it was, after that every refcount is right: the clusters of the old structures are free.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use crate::error::{CorruptKind, Error, Result};
 use crate::qcow2::check::blocks::{get, most, set};
@@ -13,6 +13,9 @@ use crate::qcow2::check::target::Target;
 use crate::qcow2::check::walk::{View, Walk};
 use crate::qcow2::header::{REFTABLE_AT, REFTABLE_LIMIT};
 use crate::storage::Purpose;
+
+/// How many places between old structures are tried before one behind them all.
+const MOST_PLACES: usize = 64;
 
 /// Where the new structures go.
 struct Plan {
@@ -78,11 +81,41 @@ fn limit(target: &Target<'_>, blocks: usize) -> Result<()> {
 
 /// Finds places for the blocks that are `used` and for those that count the new structures.
 fn plan(target: &Target<'_>, used: BTreeMap<u64, u64>, last: u64) -> Result<Plan> {
+    if target.st.limits(target.file).grows {
+        return plan_at(target, used, target.clusters().max(last + 1));
+    }
+    // A block device has its length from the start: there the room is behind what is in use, and
+    // the structures that the header names until the end may lie there, too.
+    let bits = target.header.geometry.cluster_bits;
+    let table = target.reftable.clone().unwrap_or_default();
+    let mut old: BTreeSet<u64> = target.block_places.iter().map(|at| at >> bits).collect();
+    old.extend(table.start >> bits..table.end >> bits);
+    let mut start = last + 1;
+    for _ in 0..MOST_PLACES {
+        let plan = plan_at(target, used.clone(), start)?;
+        match old.range(start..plan.end).next_back() {
+            None => return inside(target, plan),
+            Some(place) => start = place + 1,
+        }
+    }
+    let behind = old.last().map_or(start, |place| start.max(place + 1));
+    inside(target, plan_at(target, used, behind)?)
+}
+
+/// Refuses a plan that does not fit into a file that cannot grow.
+fn inside(target: &Target<'_>, plan: Plan) -> Result<Plan> {
+    if plan.end <= target.rules.length >> target.header.geometry.cluster_bits {
+        return Ok(plan);
+    }
+    let why = "there is no room behind the last cluster for new refcount structures; copy the \
+               image to a larger device";
+    Err(Error::refused(target.name.as_str(), why))
+}
+
+/// The plan whose table is at that cluster, and whose blocks follow it.
+fn plan_at(target: &Target<'_>, used: BTreeMap<u64, u64>, table: u64) -> Result<Plan> {
     let geometry = target.header.geometry;
     let bits = geometry.refblock_bits();
-    // A block device has its length from the start: there the room is behind what is in use.
-    let grows = target.st.limits(target.file).grows;
-    let table = if grows { target.clusters().max(last + 1) } else { last + 1 };
     let mut blocks = used;
     let mut end = table;
     let table_clusters = loop {
@@ -98,11 +131,6 @@ fn plan(target: &Target<'_>, used: BTreeMap<u64, u64>, last: u64) -> Result<Plan
             blocks.insert(index, 0);
         }
     };
-    if !grows && end > target.rules.length >> geometry.cluster_bits {
-        let why = "there is no room behind the last cluster for new refcount structures; copy the \
-                   image to a larger device";
-        return Err(Error::refused(target.name.as_str(), why));
-    }
     for (place, slot) in (table + table_clusters..).zip(blocks.values_mut()) {
         *slot = place;
     }
