@@ -7,15 +7,20 @@
 //! inconsistent already, are left as they are.
 //!
 //! [`Tracker`] is the state; `directory` parses, `bits` holds the bits, `load` and `store` move
-//! them. The bits of all bitmaps take at most [`MEMORY_LIMIT`] bytes. A bitmap that does not fit,
+//! them; `distrust` is for a repair that takes bytes from the guest. The bits of all bitmaps take at most [`MEMORY_LIMIT`] bytes. A bitmap that does not fit,
 //! or that is of a kind not known, is marked as in use and stays so; a directory that contradicts
 //! itself makes all bitmaps invalid, by their autoclear bit. Both are logged, and neither is ever
 //! left stale in silence.
 
 mod bits;
 mod directory;
+mod distrust;
 mod load;
 mod store;
+
+use std::io;
+
+pub(super) use distrust::distrust;
 
 use crate::bytes::HostOffset;
 use crate::error::{Error, Result};
@@ -23,7 +28,7 @@ use crate::qcow2::Qcow2;
 use crate::qcow2::bitmap::bits::Bits;
 use crate::qcow2::bitmap::directory::Part;
 use crate::qcow2::format::AUTOCLEAR_BITMAPS;
-use crate::storage::{Buf, Op, Pending, Purpose, Storage};
+use crate::storage::{Buf, FileId, Op, Pending, Purpose, Storage};
 use crate::sync::{AtomicBool, Mutex, OnceLock, lock};
 
 /// Most bytes of bits that are held in memory, over all bitmaps of an image.
@@ -156,25 +161,34 @@ impl Qcow2 {
         st: &dyn Storage,
         sectors: Vec<(HostOffset, Vec<u8>)>,
     ) -> Result<()> {
-        if sectors.is_empty() {
-            return Ok(());
-        }
-        let write = |(at, bytes): (HostOffset, Vec<u8>)| {
-            let op = Op::Write { at, buf: Buf::copy_of(&bytes) };
-            st.submit(self.file, Purpose::DirectoryWrite, op)
-        };
-        let pending: Vec<Pending> = sectors.into_iter().map(write).collect();
-        let mut result = Ok(());
-        for write in pending {
-            result = result.and(write.await);
-        }
-        if result.is_ok() {
-            result = st.submit(self.file, Purpose::SyncDirectory, Op::Sync).await;
-        }
-        result.map_err(|source| {
+        write_sectors(st, self.file, sectors).await.map_err(|source| {
             let error = Error::io("writing the bitmap directory", source);
             self.poison(&error);
             error
         })
     }
+}
+
+/// Writes sectors of the directory, and makes them durable.
+async fn write_sectors(
+    st: &dyn Storage,
+    file: FileId,
+    sectors: Vec<(HostOffset, Vec<u8>)>,
+) -> io::Result<()> {
+    if sectors.is_empty() {
+        return Ok(());
+    }
+    let write = |(at, bytes): (HostOffset, Vec<u8>)| {
+        let op = Op::Write { at, buf: Buf::copy_of(&bytes) };
+        st.submit(file, Purpose::DirectoryWrite, op)
+    };
+    let pending: Vec<Pending> = sectors.into_iter().map(write).collect();
+    let mut result = Ok(());
+    for write in pending {
+        result = result.and(write.await);
+    }
+    if result.is_ok() {
+        result = st.submit(file, Purpose::SyncDirectory, Op::Sync).await;
+    }
+    result
 }

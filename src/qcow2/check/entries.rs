@@ -92,6 +92,8 @@ pub(super) struct Rules {
     pub(super) overlapped: BTreeSet<u64>,
     /// L2 tables of a data file, and the guest offset that each can only map.
     pub(super) owners: BTreeMap<u64, u64>,
+    /// Where refcount blocks were before they were made anew: what lies there may be theirs.
+    pub(super) former: BTreeSet<u64>,
 }
 
 impl Rules {
@@ -277,6 +279,19 @@ impl Rules {
         Mended { entry: Entry { word, bitmap }, lost: false }
     }
 
+    /// Whether bytes that an entry leads to may be those of a refcount block.
+    pub(super) fn is_doubtful(&self, entry: Entry) -> bool {
+        let (at, len) = if entry.word & COMPRESSED != 0 {
+            self.descriptor(entry.word)
+        } else if entry.word & ZERO != 0 && !self.extended {
+            return false;
+        } else {
+            (entry.word & OFFSET_MASK, self.cluster_size())
+        };
+        let first = at & !self.cluster_size().saturating_sub(1);
+        !self.data_file && self.former.range(first..at.saturating_add(len)).next().is_some()
+    }
+
     /// The entry without its cluster: what was allocated reads as zeros.
     fn zeros(&self, entry: Entry) -> Entry {
         if self.extended {
@@ -302,6 +317,7 @@ mod tests {
             condemned: BTreeSet::new(),
             overlapped: BTreeSet::new(),
             owners: BTreeMap::new(),
+            former: BTreeSet::new(),
         }
     }
 

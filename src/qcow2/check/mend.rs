@@ -15,6 +15,9 @@ const CHUNK: u64 = 1 << 20;
 /// L2 tables that are gone through together; bounds the list of them.
 const BATCH: usize = 1 << 16;
 
+/// What is said of bytes that are kept.
+const DOUBTFUL: &str = "lies where a refcount block was, and may be damaged";
+
 /// A step of a repair.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Stage {
@@ -39,13 +42,21 @@ pub(super) async fn entries(
     stage: Stage,
     notes: Option<&mut Report>,
 ) -> Result<()> {
-    let mut mender = Mender { target, references, stage, notes };
-    for root in &target.roots {
-        if !target.rules.beyond(root.at, root.entries * 8) {
-            mender.root(*root).await?;
-        }
-    }
-    mender.tables().await
+    let mut mender = Mender { target, references, stage, notes, looks: false, changes: false };
+    mender.run().await
+}
+
+/// Whether removing what cannot be right will change what the guest reads, or leave it bytes that
+/// may not be its own.
+///
+/// # Errors
+/// When the host cannot read.
+pub(super) async fn changes_content(target: &Target<'_>) -> Result<bool> {
+    let references = &References::new(0, 0);
+    let (stage, notes) = (Stage::Clear, None);
+    let mut mender = Mender { target, references, stage, notes, looks: true, changes: false };
+    mender.run().await?;
+    Ok(mender.changes)
 }
 
 struct Mender<'m, 'a> {
@@ -53,9 +64,32 @@ struct Mender<'m, 'a> {
     references: &'m References,
     stage: Stage,
     notes: Option<&'m mut Report>,
+    /// Nothing is written.
+    looks: bool,
+    /// What the guest reads was, or would be, changed.
+    changes: bool,
 }
 
 impl Mender<'_, '_> {
+    async fn run(&mut self) -> Result<()> {
+        for root in &self.target.roots {
+            if !self.target.rules.beyond(root.at, root.entries * 8) {
+                self.root(*root).await?;
+            }
+        }
+        self.tables().await
+    }
+
+    /// Whether it is known already what is wanted.
+    fn is_done(&self) -> bool {
+        self.looks && self.changes
+    }
+
+    /// Writes what has changed, if anything shall be.
+    async fn write(&self, why: Purpose, at: u64, old: &[u8], new: &[u8]) -> Result<()> {
+        if self.looks { Ok(()) } else { self.target.write_changes(why, at, old, new).await }
+    }
+
     /// Whether an entry of an active table shall say COPIED, which says `copied` now.
     fn flag(&self, at: u64, copied: bool) -> bool {
         let cluster = at >> self.target.rules.cluster_bits;
@@ -67,6 +101,7 @@ impl Mender<'_, '_> {
     }
 
     fn lost(&mut self, is: bool, what: impl FnOnce() -> String) {
+        self.changes |= is;
         if let Some(notes) = self.notes.as_deref_mut().filter(|_| is) {
             notes.losses += 1;
             notes.note(what);
@@ -76,7 +111,7 @@ impl Mender<'_, '_> {
     async fn root(&mut self, root: Root) -> Result<()> {
         let coverage = self.target.header.geometry.l2_coverage();
         let mut index = 0;
-        while index < root.entries {
+        while index < root.entries && !self.is_done() {
             let count = (root.entries - index).min(CHUNK / 8);
             let at = root.at + index * 8;
             let old = self.target.read(Purpose::L1Load, at, count * 8).await?;
@@ -89,13 +124,16 @@ impl Mender<'_, '_> {
                     let copied = self.flag(place, entry & COPIED != 0);
                     entry = place | if copied { COPIED } else { 0 };
                 }
-                self.lost(lost, || {
+                let doubtful =
+                    self.stage == Stage::Clear && self.target.rules.former.contains(&place);
+                self.lost(lost || doubtful, || {
                     let whose = if root.active { "" } else { " of a snapshot" };
-                    format!("the L2 table of guest offset {guest:#x}{whose} is given up")
+                    let what = if lost { "is given up" } else { DOUBTFUL };
+                    format!("the L2 table of guest offset {guest:#x}{whose} {what}")
                 });
                 new.extend(entry.to_be_bytes());
             }
-            self.target.write_changes(Purpose::L1Write, at, &old, &new).await?;
+            self.write(Purpose::L1Write, at, &old, &new).await?;
             index += count;
         }
         Ok(())
@@ -118,7 +156,7 @@ impl Mender<'_, '_> {
                 for (step, word) in (0..).zip(words(&bytes)) {
                     let guest = (index + step).saturating_mul(coverage);
                     let place = self.target.rules.mend_l1(word, guest).entry & OFFSET_MASK;
-                    if place != 0 && seen.insert(place) {
+                    if place != 0 && !self.is_done() && seen.insert(place) {
                         self.table(place, guest, root.active).await?;
                     }
                     if seen.len() >= BATCH {
@@ -150,12 +188,19 @@ impl Mender<'_, '_> {
                 let copied = self.flag(place, entry.word & COPIED != 0);
                 entry.word = entry.word & !COPIED | if copied { COPIED } else { 0 };
             }
-            self.lost(lost, || format!("the cluster of guest offset {guest:#x} is given up"));
+            let doubtful = self.stage == Stage::Clear && self.target.rules.is_doubtful(entry);
+            self.lost(lost || doubtful, || {
+                let what = if lost { "is given up" } else { DOUBTFUL };
+                format!("the cluster of guest offset {guest:#x} {what}")
+            });
+            // In a data file it is found at another place than before.
+            let moved = (before.word ^ entry.word) & OFFSET_MASK != 0;
+            self.changes |= self.target.rules.data_file && moved;
             new.extend(entry.word.to_be_bytes());
             if self.target.entry_size() == 16 {
                 new.extend(entry.bitmap.to_be_bytes());
             }
         }
-        self.target.write_changes(Purpose::L2Write, at, &old, &new).await
+        self.write(Purpose::L2Write, at, &old, &new).await
     }
 }

@@ -49,6 +49,7 @@ pub(super) use counted::{Counted, counted};
 pub(super) use references::{References, Use};
 
 use crate::error::{Error, Result};
+use crate::qcow2::bitmap::distrust;
 use crate::qcow2::check::mend::Stage;
 use crate::qcow2::check::target::Target;
 use crate::qcow2::check::walk::{View, Walk};
@@ -173,7 +174,8 @@ impl Survey {
     }
 
     /// Tells what was decided to those who read entries.
-    fn instruct(&self, target: &mut Target<'_>) {
+    fn instruct(&self, target: &mut Target<'_>, former: &BTreeSet<u64>) {
+        target.rules.former.clone_from(former);
         target.rules.condemned.clone_from(&self.condemned);
         target.rules.overlapped.clone_from(&self.overlapped);
         target.rules.owners.clone_from(&self.owners);
@@ -301,11 +303,17 @@ async fn repair_all(
         notes.losses += 1;
         target = Target::load(target.st, &target.name, target.file).await?;
     }
-    before.instruct(&mut target);
+    let places = target.block_places.iter().copied().filter(|_| before.rebuild);
+    let former = places.collect();
+    before.instruct(&mut target, &former);
+    if mend::changes_content(&target).await? && distrust_bitmaps(&target, notes).await? {
+        target = Target::load(target.st, &target.name, target.file).await?;
+        before.instruct(&mut target, &former);
+    }
     let stages = if before.rebuild {
         rebuild::rebuild(&target, memory).await?;
         target = Target::load(target.st, &target.name, target.file).await?;
-        before.instruct(&mut target);
+        before.instruct(&mut target, &former);
         notes.note(|| "the refcount structures were made anew".to_owned());
         [Stage::Clear, Stage::Lower, Stage::Set].as_slice()
     } else {
@@ -315,8 +323,25 @@ async fn repair_all(
     Ok(true)
 }
 
-/// Clears the autoclear bits of what our writes may make stale (R10). Bitmaps stay: what the guest
-/// can read is not changed.
+/// Makes sure that nobody trusts a bitmap which misses what the repair takes from the guest (R10);
+/// says whether the image has none any more.
+async fn distrust_bitmaps(target: &Target<'_>, notes: &mut Report) -> Result<bool> {
+    if target.directory.is_none() {
+        return Ok(false);
+    }
+    let marked = distrust(target.st, target.file, &target.header).await?;
+    if marked {
+        notes.note(|| "enabled bitmaps miss the repair and are inconsistent now".to_owned());
+    } else {
+        mark::clear_autoclear(target.st, target.file, AUTOCLEAR_BITMAPS).await?;
+        notes.note(|| "the bitmaps contradict themselves and are given up".to_owned());
+        notes.losses += 1;
+    }
+    Ok(!marked)
+}
+
+/// Clears the autoclear bits of what our writes may make stale (R10). Bitmaps stay: as long as what
+/// the guest can read is not changed, they are true.
 async fn prepare(target: &Target<'_>) -> Result<()> {
     let stale = target.header.autoclear & !(AUTOCLEAR_BITMAPS | AUTOCLEAR_RAW_DATA);
     if target.header.version > 2 && stale != 0 {

@@ -91,6 +91,7 @@ impl<'a> Target<'a> {
             condemned: BTreeSet::new(),
             overlapped: BTreeSet::new(),
             owners: BTreeMap::new(),
+            former: BTreeSet::new(),
         };
         let active = Root { at: header.l1_at.0, entries: header.l1_entries, active: true };
         let mut target = Self {
