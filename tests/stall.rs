@@ -13,7 +13,7 @@ use common::images::{IMAGE, Kind, Layout, Made};
 use common::sectors::Sectors;
 use common::seeds::{Repeat, seeds};
 use common::workers::{Mix, Run, open, read_all};
-use vhost_user_qcow2::bytes::HostOffset;
+use vhost_user_qcow2::bytes::{GuestOffset, HostOffset};
 use vhost_user_qcow2::storage::fault::{Fate, Fault, Faults, Rule};
 use vhost_user_qcow2::storage::files::{Files, Options};
 use vhost_user_qcow2::storage::mem::MemDisk;
@@ -30,7 +30,7 @@ const ENOSPC: i32 = 28;
 const EDQUOT: i32 = 122;
 
 /// The purposes that may need space, data and metadata alike.
-const WRITES: [Purpose; 9] = [
+const WRITES: [Purpose; 10] = [
     Purpose::GuestWrite,
     Purpose::GuestZero,
     Purpose::HeaderWrite,
@@ -40,6 +40,7 @@ const WRITES: [Purpose; 9] = [
     Purpose::ReftableWrite,
     Purpose::RefblockWrite,
     Purpose::RefblockInit,
+    Purpose::TableRoom,
 ];
 
 /// Much shorter than a daemon's, so that a test does not take hours.
@@ -220,6 +221,42 @@ fn told_to_end_everything_is_answered() {
         assert!(errors.iter().any(|error| error.contains("No space")), "{errors:?}");
         (0..3).for_each(|seed| history.cut(seed));
     }
+}
+
+#[test]
+fn what_a_guest_discards_makes_room_for_a_write_that_waits() {
+    let made = Layout::new(12, 640, Kind::Empty).make(1);
+    let (disk, faults, outage) = (made.disk(), Faults::new(), Arc::new(Outage::default()));
+    let engine = stall(Fault::new(disk.engine(0, 1), faults.clone()), INTERVAL, &outage);
+    let image = open(&engine, &disk, false).expect("opening");
+    let place = |sector: u64| GuestOffset(sector * 512);
+    let bytes = |sectors: usize| Buf::copy_of(&vec![7; sectors * 512]);
+    block_on(&engine, image.write(&engine, place(0), bytes(320))).expect("writing");
+    block_on(&engine, image.flush(&engine)).expect("flushing");
+    let (purpose, fate) = (Some(Purpose::GuestWrite), Fate::Fail(ENOSPC));
+    faults.add(Rule { purpose, nth: 0, sticky: true, fate });
+    // From inside one cluster to inside another: it takes along what is around it.
+    let mut waiting = Box::pin(image.write(&engine, place(403), bytes(10)));
+    let mut context = Context::from_waker(Waker::noop());
+    while outage.waiting() == 0 {
+        assert!(waiting.as_mut().poll(&mut context).is_pending());
+        engine.reap();
+    }
+    let before = faults.count_of(Purpose::GuestDiscard);
+    for part in 0..4 {
+        block_on(&engine, image.discard(&engine, place(part * 80), 80 * 512)).expect("discarding");
+        block_on(&engine, image.flush(&engine)).expect("flushing");
+    }
+    assert!(faults.count_of(Purpose::GuestDiscard) > before, "no space is given back");
+    assert_eq!(outage.waiting(), 1, "the write waits on");
+    faults.clear();
+    block_on(&engine, waiting).expect("there is space again");
+    let read = read_all(&engine, &image).expect("reading");
+    assert!(read[403 * 512..413 * 512].iter().all(|byte| *byte == 7));
+    assert!(read[..403 * 512].iter().chain(&read[413 * 512..]).all(|byte| *byte == 0));
+    block_on(&engine, image.close(&engine)).expect("closing");
+    let report = disk.look(IMAGE, check).expect("the image");
+    assert!(report.is_clean(), "{report:?}");
 }
 
 /// A file of 4096 zeros, and an engine whose rules a test can change.

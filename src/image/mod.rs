@@ -20,7 +20,7 @@ use crate::bytes::GuestOffset;
 use crate::error::{Error, Result};
 use crate::image::chain::{Chain, Layer};
 use crate::image::transfer::Batch;
-use crate::qcow2::{Epochs, Inflated, InflatedBytes, WritePlan, WriteTarget};
+use crate::qcow2::{Epochs, Inflated, InflatedBytes, Stay, WritePlan, WriteTarget};
 use crate::raw::Raw;
 use crate::storage::{Buf, Op, Purpose, Storage};
 use crate::sync::Arc;
@@ -172,22 +172,26 @@ impl Image {
             Layer::Qcow2(image) => image,
         };
         image.start_change(st, at.0, buf.len() as u64).await?;
-        let _stay = image.epochs().enter(st.lane());
+        let mut stay = Some(image.epochs().enter(st.lane()));
         let mut batch = Batch::default();
-        let result = self.write_parts(st, at, &buf, compress, &mut batch).await;
+        let result = self.write_parts(st, at, &buf, compress, &mut batch, &mut stay).await;
         let written = batch.finish().await;
         image.mark_dirty(image.data_file());
         self.answer(st, result.and(written)).await
     }
 
-    /// Starts in-place writes into `batch`; allocating ones are complete when this returns.
-    async fn write_parts(
-        &self,
+    /// Starts in-place writes into `batch`; allocating ones are complete when this returns. The
+    /// `stay` in an epoch is left for them as long as no in-place write is under way: claims keep
+    /// everybody away from the clusters, the old and the new ones, and if the host has no space
+    /// then what the guest discards may become free meanwhile.
+    async fn write_parts<'i>(
+        &'i self,
         st: &dyn Storage,
         at: GuestOffset,
         buf: &Buf,
         compress: bool,
         batch: &mut Batch,
+        stay: &mut Option<Stay<'i>>,
     ) -> Result<()> {
         let Layer::Qcow2(image) = self.chain.top() else { unreachable!("checked by the caller") };
         let mut done = 0;
@@ -213,11 +217,16 @@ impl Image {
                         done += part(buf, done, left).len();
                         continue;
                     }
-                    let Some(plan) = image.prepare_write(st, here, left).await? else { continue };
-                    let len = left.min(plan.start().0 + plan.len() - here.0);
-                    let part = part(buf, done, len);
-                    done += part.len();
-                    self.write_new(st, plan, here, part).await?;
+                    let left_epoch = batch.is_empty() && stay.take().is_some();
+                    if let Some(plan) = image.prepare_write(st, here, left).await? {
+                        let len = left.min(plan.start().0 + plan.len() - here.0);
+                        let part = part(buf, done, len);
+                        done += part.len();
+                        self.write_new(st, plan, here, part).await?;
+                    }
+                    if left_epoch {
+                        *stay = Some(image.epochs().enter(st.lane()));
+                    }
                 }
             }
         }

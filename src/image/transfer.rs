@@ -19,6 +19,10 @@ impl Batch {
         self.0.push(pending);
     }
 
+    pub(super) fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
     pub(super) async fn finish(self) -> Result<()> {
         let mut result = Ok(());
         for pending in self.0 {

@@ -47,7 +47,7 @@ use std::fmt;
 
 pub(crate) use compress::{deflate, inflate};
 pub(crate) use discard::Erase;
-pub(crate) use epoch::Epochs;
+pub(crate) use epoch::{Epochs, Stay};
 pub(crate) use inflated::Inflated;
 pub use inflated::InflatedBytes;
 pub(crate) use map::CompressedExtent;

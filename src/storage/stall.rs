@@ -2,11 +2,15 @@
 //!
 //! An operation that ends with ENOSPC or EDQUOT is parked: whoever awaits it goes on waiting, and
 //! it is submitted once more at the next tick of a timer, or as soon as an operation of the same
-//! engine has given space back: a discard of a raw image, say. What a guest discards of a qcow2
-//! image rests until the requests that wait here have ended, so its space has to come from
-//! elsewhere. Trying again is safe, because an operation says what a range shall
-//! hold and whoever submitted it keeps others away from the range until it has the answer. Data and
-//! metadata wait alike, so a full host poisons nothing.
+//! engine has given space back: a discard of a raw image, say. Trying again is safe, because an
+//! operation says what a range shall hold and whoever submitted it keeps others away from the range
+//! until it has the answer. Data and metadata wait alike, so a full host poisons nothing.
+//!
+//! What a guest discards of a qcow2 image becomes free by a flush, also while writes to new
+//! clusters wait here, since those are in no epoch (R7 in `qcow2/ORDERING.md`). It does not as long
+//! as one of these waits: a write in place, which may not land in a cluster that was freed; a
+//! write-zeroes; a compressed write; a new refcount block or table, whose maker keeps the search
+//! for clusters to itself; or the flush. Then space has to come from elsewhere.
 //!
 //! A sync is never tried again: the kernel reports a lost page once, and a second sync would say
 //! that all is well. Nor is a discard, which nothing depends on.
