@@ -7,6 +7,8 @@ mod bench;
 mod driver;
 #[path = "requests/limits.rs"]
 mod limits;
+#[path = "requests/logs.rs"]
+mod logs;
 #[path = "requests/rings.rs"]
 mod rings;
 

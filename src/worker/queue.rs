@@ -166,6 +166,11 @@ impl Ring {
         self.inflight.as_ref().is_some_and(|inflight| !inflight.replay.is_empty())
     }
 
+    /// Whether what is written is marked in a log.
+    pub fn is_logged(&self) -> bool {
+        self.log.is_some()
+    }
+
     /// Replaces the descriptor that tells the guest, and signals it once: what was published just
     /// before may have been told to nobody.
     pub fn set_call(&mut self, call: Option<EventNotifier>) {

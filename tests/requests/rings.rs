@@ -297,7 +297,7 @@ fn random_bytes_in_place_of_a_ring_hurt_nobody() {
 }
 
 /// Puts chains into the ring as no driver would: mostly possible values, in no order.
-fn scribble(random: &mut fastrand::Rng, driver: &mut Driver) {
+pub(crate) fn scribble(random: &mut fastrand::Rng, driver: &mut Driver) {
     let places = [0, HEADER, STATUS, TABLE, DATA, BORDER - 8, HOLE, 1 << 50, u64::MAX];
     for _ in 0..random.u8(1..20) {
         let table = if random.bool() { RINGS } else { TABLE };
