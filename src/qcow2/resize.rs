@@ -260,8 +260,8 @@ impl Qcow2 {
         Ok(())
     }
 
-    /// Whether anything refers to what lies behind `end` in the file, or may: refcounts alone do not
-    /// tell, since an image may come with some that are too low. Everything is durable.
+    /// Whether anything refers to what lies behind `end` in the file, or may: refcounts alone do
+    /// not tell, since an image may come with some that are too low. Everything is durable.
     async fn is_used_behind(&self, st: &dyn Storage, end: u64) -> bool {
         match counted(st, self.file).await {
             Ok(counted) if counted.end() <= end => false,

@@ -144,7 +144,7 @@ pub enum Purpose {
     RefblockWrite,
     /// First content of a new refcount block.
     RefblockInit,
-    /// Making sure that the host has room for entries of an L1 or refcount table, before any is set.
+    /// Making room on the host for entries of an L1 table or a refcount table, before any is set.
     TableRoom,
     /// Reading the snapshot table or a snapshot's L1 table.
     SnapshotRead,

@@ -147,12 +147,16 @@ fn bitmaps_that_cannot_be_read_are_one_error_and_the_check_goes_on() {
 
 #[test]
 fn what_a_block_counts_that_cannot_be_read_is_judged() {
-    let mut bytes = small("cluster_size=64k");
+    let mut bytes = small("cluster_size=4k");
     let (table, block) = refcounts(&bytes);
     put(&mut bytes, table, block | 0x200);
     let disk = disk_of(bytes);
     let found = run(&disk, Repair::None);
     assert!(found.corruptions > found.allocated_clusters, "{found:?}");
+    // However much is found, what is done or not is told, too.
+    let report = run(&disk, Repair::Leaks);
+    let told = report.findings.iter().any(|finding| finding.contains("leaks are not repaired"));
+    assert!(told, "{report:?}");
     let report = run(&disk, Repair::All);
     assert!(report.is_clean() && report.losses == 0, "{report:?}");
 }

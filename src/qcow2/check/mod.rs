@@ -103,7 +103,7 @@ pub struct Report {
     pub fragmented_clusters: u64,
     /// Those of them that are compressed.
     pub compressed_clusters: u64,
-    /// What was found and done, in words; the first hundred of each check.
+    /// What was found and done, in words; the first hundred of each check, and of the repair.
     pub findings: Vec<String>,
     /// How many more findings there were.
     pub more_findings: u64,
@@ -221,7 +221,9 @@ pub async fn check_within(
             report = compared(report, after);
         }
         report.losses = notes.losses;
-        notes.findings.into_iter().for_each(|finding| report.note(|| finding));
+        // However much was found: what was done is told.
+        report.findings.append(&mut notes.findings);
+        report.more_findings += notes.more_findings;
     }
     if marked && report.is_consistent() {
         mark::change(st, file, 0, INCOMPATIBLE_DIRTY | INCOMPATIBLE_CORRUPT).await?;
@@ -238,9 +240,8 @@ fn compared(before: Report, after: Report) -> Report {
         more_findings: before.more_findings + after.more_findings,
         ..after
     };
-    for finding in after.findings {
-        report.note(|| format!("after the repair: {finding}"));
-    }
+    let left = after.findings.into_iter().map(|finding| format!("after the repair: {finding}"));
+    report.findings.extend(left);
     report
 }
 
