@@ -1,5 +1,5 @@
-//! The control socket of a daemon under load: what it tells is true, what it changes does not fail a
-//! request, and operators who do not behave cost the guest nothing.
+//! The control socket of a daemon under load: what it tells is true, what it changes does not fail
+//! a request, and operators who do not behave cost the guest nothing.
 //!
 //! `SECONDS` says how long the load lasts in each test, 4 unless it is set.
 

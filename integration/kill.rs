@@ -33,7 +33,7 @@ fn kill_often(
             Client::connect(&scratch.socket(), 2, DEPTH).expect("connect to the daemon");
         let answers = rng.u64(1..1500);
         let pause = Duration::from_micros(rng.u64(0..2000));
-        let mut workload = Workload::new(&client, model, &mut rng, cluster);
+        let mut workload = Workload::new(&mut client, model, &mut rng, cluster);
         workload
             .load(&mut client, answers)
             .unwrap_or_else(|error| panic!("round {round}: {error}; SEED={seed}"));
@@ -52,7 +52,7 @@ fn kill_often(
     // What the last kill has left is good enough to go on with.
     let daemon = Daemon::start(scratch, image, &arguments);
     let mut client = Client::connect(&scratch.socket(), 1, DEPTH).expect("connect to the daemon");
-    let mut workload = Workload::new(&client, model, &mut rng, cluster);
+    let mut workload = Workload::new(&mut client, model, &mut rng, cluster);
     let result = workload.verify_all(&mut client);
     result.unwrap_or_else(|error| panic!("after the last kill: {error}; SEED={seed}"));
     drop(client);

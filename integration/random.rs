@@ -65,7 +65,7 @@ impl Case {
             let daemon = Daemon::start(&self.scratch, &self.image, &self.arguments);
             let mut client = Client::connect(&self.scratch.socket(), self.queues, DEPTH)
                 .expect("connect to the daemon");
-            let mut workload = Workload::new(&client, &mut self.model, &mut rng, self.cluster);
+            let mut workload = Workload::new(&mut client, &mut self.model, &mut rng, self.cluster);
             let result = workload
                 .load(&mut client, requests / 2)
                 .and_then(|()| workload.drain(&mut client))

@@ -1,5 +1,5 @@
-//! A guest under QEMU whose disk grows while it runs: it sees the new size without a reboot, also when
-//! the daemon was away meanwhile, and uses the new end.
+//! A guest under QEMU whose disk grows while it runs: it sees the new size without a reboot, also
+//! when the daemon was away meanwhile, and uses the new end.
 
 use integration::control::Operator;
 use integration::daemon::Daemon;

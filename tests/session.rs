@@ -12,6 +12,8 @@ mod front_end;
 mod guest;
 #[path = "session/handshakes.rs"]
 mod handshakes;
+#[path = "session/inflight.rs"]
+mod inflight;
 #[path = "session/logging.rs"]
 mod logging;
 #[path = "session/patience.rs"]

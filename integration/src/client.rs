@@ -131,6 +131,12 @@ impl Client {
         self.queues.len()
     }
 
+    /// How many slots there are.
+    #[must_use]
+    pub fn slot_count(&self) -> usize {
+        self.busy.len()
+    }
+
     /// A slot with no request in flight.
     #[must_use]
     pub fn free_slot(&self) -> Option<usize> {

@@ -145,7 +145,18 @@ impl Guest {
     /// # Panics
     ///
     /// Panics when it does not, or when QEMU reports a failure.
-    pub fn wait_for_end(mut self) {
+    pub fn wait_for_end(self) {
+        let errors = self.end();
+        assert!(errors.is_empty(), "QEMU complained: {errors}");
+    }
+
+    /// Waits until the guest has powered off, and returns what QEMU complained about.
+    ///
+    /// # Panics
+    ///
+    /// Panics when it does not, or when QEMU reports a failure.
+    #[must_use]
+    pub fn end(mut self) -> String {
         let deadline = Instant::now() + PATIENCE;
         let status: ExitStatus = loop {
             if let Some(status) = self.child.try_wait().expect("ask for QEMU's state") {
@@ -155,8 +166,13 @@ impl Guest {
             std::thread::sleep(Duration::from_millis(50));
         };
         assert!(status.success(), "QEMU ended with {status}");
-        let errors = fs::read_to_string(&self.errors).unwrap_or_default();
-        assert!(errors.is_empty(), "QEMU complained: {errors}");
+        fs::read_to_string(&self.errors).unwrap_or_default()
+    }
+
+    /// Whether the guest has said something, wherever.
+    #[must_use]
+    pub fn has_said(&self, mark: &str) -> bool {
+        self.console().contains(mark)
     }
 
     /// Ends QEMU through its monitor, whatever the guest does.

@@ -6,7 +6,8 @@ use std::time::Duration;
 
 use fastrand::Rng;
 
-use crate::client::{Answer, Client, MAX_REQUEST, Request};
+use crate::client::{Answer, MAX_REQUEST, Request};
+use crate::disk::{Disk, Limits};
 use crate::model::{Effect, Model, SECTOR, Tag};
 
 /// How many requests are in flight.
@@ -30,22 +31,16 @@ struct Flight {
     flush_begun_at: u64,
 }
 
-/// What the device allows, in sectors.
-#[derive(Clone, Copy, Debug)]
-struct Limits {
-    block: usize,
-    discard: usize,
-    write_zeroes: usize,
-    cluster: usize,
-}
-
-/// A stream of random requests to one connected client.
+/// A stream of random requests to one connected front-end.
 #[derive(Debug)]
 pub struct Workload<'a> {
     model: &'a mut Model,
     rng: &'a mut Rng,
     flights: Vec<Option<Flight>>,
     limits: Limits,
+    /// The image's cluster and the device's block in sectors.
+    cluster: usize,
+    block: usize,
     window: usize,
     submitted: u64,
     history: History,
@@ -87,22 +82,34 @@ impl<'a> Workload<'a> {
     ///
     /// Panics when the device does not offer everything that the requests need.
     #[must_use]
-    pub fn new(client: &Client, model: &'a mut Model, rng: &'a mut Rng, cluster: usize) -> Self {
-        use virtio_driver::VirtioBlkFeatureFlags as Features;
-        let wanted = Features::FLUSH | Features::DISCARD | Features::WRITE_ZEROES;
-        let features = client.features();
-        assert!(features.contains(wanted), "the device offers only {features:?}");
-        let config = client.config().expect("read the configuration");
-        let capacity = u64::from(config.capacity);
-        assert_eq!(capacity, model.len() as u64, "the disk's capacity in sectors");
-        let limits = Limits {
-            block: (u32::from(config.blk_size) as usize / SECTOR).max(1),
-            discard: u32::from(config.max_discard_sectors) as usize,
-            write_zeroes: u32::from(config.max_write_zeroes_sectors) as usize,
+    pub fn new(
+        client: &mut impl Disk,
+        model: &'a mut Model,
+        rng: &'a mut Rng,
+        cluster: usize,
+    ) -> Self {
+        let limits = client.limits().expect("a disk that offers everything");
+        assert_eq!(limits.size, (model.len() * SECTOR) as u64, "the disk's size");
+        Self {
+            model,
+            rng,
+            flights: (0..client.slot_count()).map(|_| None).collect(),
+            limits,
             cluster: (cluster / SECTOR).max(1),
-        };
-        let flights = (0..DEPTH).map(|_| None).collect();
-        Self { model, rng, flights, limits, window: 0, submitted: 0, history: History::default() }
+            block: (limits.block / SECTOR).max(1),
+            window: 0,
+            submitted: 0,
+            history: History::default(),
+        }
+    }
+
+    /// Submits requests until all slots are in use or no place is free, and waits for no answer.
+    ///
+    /// # Errors
+    ///
+    /// Fails when a request cannot be submitted.
+    pub fn fill(&mut self, client: &mut impl Disk) -> Result<(), String> {
+        self.submit(client).map_err(|error| format!("cannot submit: {error}"))
     }
 
     /// Runs until so many requests have been answered. Others are in flight then.
@@ -110,7 +117,7 @@ impl<'a> Workload<'a> {
     /// # Errors
     ///
     /// Tells the first answer that is wrong or does not come.
-    pub fn load(&mut self, client: &mut Client, answers: u64) -> Result<(), String> {
+    pub fn load(&mut self, client: &mut impl Disk, answers: u64) -> Result<(), String> {
         let mut left = answers;
         while left > 0 {
             self.submit(client).map_err(|error| format!("cannot submit: {error}"))?;
@@ -124,7 +131,7 @@ impl<'a> Workload<'a> {
     /// # Errors
     ///
     /// As [`Self::load`].
-    pub fn drain(&mut self, client: &mut Client) -> Result<(), String> {
+    pub fn drain(&mut self, client: &mut impl Disk) -> Result<(), String> {
         while client.in_flight() > 0 {
             self.collect(client)?;
         }
@@ -142,7 +149,7 @@ impl<'a> Workload<'a> {
     /// # Errors
     ///
     /// As [`Self::load`].
-    pub fn verify_all(&mut self, client: &mut Client) -> Result<(), String> {
+    pub fn verify_all(&mut self, client: &mut impl Disk) -> Result<(), String> {
         let end = self.model.len() * SECTOR;
         for start in (0..end).step_by(MAX_REQUEST) {
             let length = MAX_REQUEST.min(end - start);
@@ -162,7 +169,7 @@ impl<'a> Workload<'a> {
         })
     }
 
-    fn submit(&mut self, client: &mut Client) -> std::io::Result<()> {
+    fn submit(&mut self, client: &mut impl Disk) -> std::io::Result<()> {
         while let Some(slot) = client.free_slot() {
             let request = self.choose();
             let Some(sectors) = self.place(request) else {
@@ -183,7 +190,7 @@ impl<'a> Workload<'a> {
     /// Tells the model about the request and fills the buffer of a write.
     fn begin(
         &mut self,
-        client: &mut Client,
+        client: &mut impl Disk,
         slot: usize,
         request: Request,
         sectors: &Range<usize>,
@@ -207,7 +214,7 @@ impl<'a> Workload<'a> {
         0
     }
 
-    fn collect(&mut self, client: &mut Client) -> Result<u64, String> {
+    fn collect(&mut self, client: &mut impl Disk) -> Result<u64, String> {
         let answers = client.wait(PATIENCE).map_err(|error| format!("cannot wait: {error}"))?;
         if answers.is_empty() {
             let waiting: Vec<&Flight> = self.flights.iter().flatten().collect();
@@ -219,7 +226,7 @@ impl<'a> Workload<'a> {
         Ok(answers.len() as u64)
     }
 
-    fn finish(&mut self, client: &mut Client, answer: Answer) -> Result<(), String> {
+    fn finish(&mut self, client: &mut impl Disk, answer: Answer) -> Result<(), String> {
         let flight = self.flights[answer.slot].take().expect("answers come to requests in flight");
         let Flight { request, sectors, flush_begun_at } = flight;
         self.history.0.push((true, request, sectors.clone()));
@@ -268,7 +275,7 @@ impl<'a> Workload<'a> {
 
     /// Parts of clusters, whole clusters, and now and then much more.
     fn range_sectors(&mut self, limit: usize) -> usize {
-        let cluster = self.limits.cluster;
+        let cluster = self.cluster;
         let sectors = match self.rng.usize(..100) {
             0..50 => self.rng.usize(1..=64),
             50..75 => self.rng.usize(1..=512),
@@ -279,7 +286,7 @@ impl<'a> Workload<'a> {
     }
 
     fn whole_blocks(&self, sectors: usize) -> usize {
-        sectors.next_multiple_of(self.limits.block)
+        sectors.next_multiple_of(self.block)
     }
 
     /// Finds sectors that no request in flight touches. Two reads may overlap.
@@ -314,7 +321,7 @@ impl<'a> Workload<'a> {
         let start = if self.rng.bool() { anywhere } else { nearby.min(last) };
         let gives_up = matches!(request, Request::Discard { .. } | Request::WriteZeroes { .. });
         let is_whole = gives_up && self.rng.bool();
-        let unit = if is_whole { self.limits.cluster } else { 1 }.max(self.limits.block);
+        let unit = if is_whole { self.cluster } else { 1 }.max(self.block);
         start - start % unit
     }
 

@@ -5,8 +5,8 @@ use std::time::Instant;
 
 use crate::blk::request::Action;
 
-/// The upper bound in nanoseconds of the first bucket of a histogram: 16 us. Each later one is twice
-/// the one before.
+/// The upper bound in nanoseconds of the first bucket of a histogram: 16 us. Each later one is
+/// twice the one before.
 pub const FIRST_BOUND_NS: u64 = 16_000;
 /// Buckets of a histogram: bounds from 16 us to 4 s, and one for what took longer.
 pub const BUCKETS: usize = 20;

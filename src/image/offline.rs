@@ -114,8 +114,9 @@ impl Image {
     /// uses it, which the exclusive reference says. Guests may go on with it afterwards.
     ///
     /// # Errors
-    /// As [`Qcow2::resize`]; the disk then has the size that [`Image::size`] tells, which is the old
-    /// one unless a shrink failed on its way to give space back.
+    /// As [`Qcow2::resize`]; the disk then has the size that [`Image::size`] tells. It is the old
+    /// one unless this failed at the end, on the way to give space back: then a shrink has
+    /// happened, and a disk that has grown takes no more writes.
     pub async fn resize(&mut self, st: &dyn Storage, size: u64, shrink: bool) -> Result<()> {
         let done = match self.chain.top() {
             Layer::Raw(_) => self.resize_raw(st, size, shrink).await,

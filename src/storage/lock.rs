@@ -28,9 +28,11 @@ const DENIED: [i64; 2] = [WRITE, RESIZE];
 /// How many entries of /proc a search for a lock's holder looks at before it gives up.
 const SEARCH_LIMIT: usize = 50_000;
 
-/// How long a lock that no process seems to hold is waited for. The kernel finishes what a killed
-/// process had under way, and keeps the file and its locks until then.
-const PATIENCE: Duration = Duration::from_secs(2);
+/// How long a lock that no living process seems to hold is waited for. The kernel finishes what a
+/// killed process had under way, and keeps the file and its locks until then: each operation holds
+/// on to the open file that it was begun on, and that one has the locks. So no write of a dead
+/// predecessor can come after its locks are gone, and whoever has them may write.
+const PATIENCE: Duration = Duration::from_secs(10);
 
 /// A lock of somebody else that excludes ours.
 struct Conflict {
@@ -59,7 +61,7 @@ pub(super) fn acquire(file: &File, path: &Path, read_only: bool) -> Result<()> {
             Err(error) => return Err(Error::io(format!("cannot lock {}", path.display()), error)),
         };
         let holder = conflict.pid.or_else(|| find_holder(file, conflict.byte));
-        if holder.is_some() || start.elapsed() > PATIENCE {
+        if holder.is_some_and(|pid| !is_dying(pid)) || start.elapsed() > PATIENCE {
             return Err(refusal(path, conflict.byte, holder));
         }
         std::thread::sleep(Duration::from_millis(20));
@@ -155,6 +157,26 @@ fn find_holder(file: &File, byte: i64) -> Option<u32> {
     None
 }
 
+/// Whether a process was killed and is only not gone yet: it is a zombie, is on its way out, or has
+/// a SIGKILL that it has not noticed.
+fn is_dying(pid: u32) -> bool {
+    const SIGKILL: u64 = 1 << (libc::SIGKILL - 1);
+    const PF_EXITING: u64 = 4;
+    let read = |name: &str| fs::read_to_string(format!("/proc/{pid}/{name}")).unwrap_or_default();
+    // The name in parentheses may hold anything, so fields are counted from behind it.
+    let stat = read("stat");
+    let fields = stat.rsplit_once(')').map_or("", |(_, fields)| fields);
+    let mut fields = fields.split_whitespace();
+    let state = fields.next().unwrap_or("X");
+    let flags: u64 = fields.nth(5).and_then(|flags| flags.parse().ok()).unwrap_or_default();
+    let status = read("status");
+    let mut pending = status.lines().filter_map(|line| {
+        let mask = line.strip_prefix("SigPnd:").or_else(|| line.strip_prefix("ShdPnd:"))?;
+        u64::from_str_radix(mask.trim(), 16).ok()
+    });
+    matches!(state, "Z" | "X") || flags & PF_EXITING != 0 || pending.any(|set| set & SIGKILL != 0)
+}
+
 fn is_number(entry: &fs::DirEntry, number: RawFd) -> bool {
     entry.file_name().to_str().is_some_and(|name| name.parse() == Ok(number))
 }
@@ -195,6 +217,17 @@ mod tests {
         let error = acquire(&open(path), path, true).expect_err("a reader beside a writer");
         assert!(error.to_string().contains("writes to it"), "{error}");
         acquire(&open(path), path, false).expect_err("two writers");
+    }
+
+    #[test]
+    fn a_killed_process_is_dying_and_a_living_one_is_not() {
+        let mut child = std::process::Command::new("sleep").arg("60").spawn().expect("a process");
+        assert!(!is_dying(std::process::id()) && !is_dying(child.id()));
+        child.kill().expect("kill it");
+        // Nobody has waited for it yet, so its number is still its own.
+        assert!(is_dying(child.id()), "whether it has noticed or not");
+        child.wait().expect("its end");
+        assert!(is_dying(child.id()), "nobody is there any more");
     }
 
     #[test]

@@ -147,8 +147,8 @@ impl Header {
         socket.read_exact(&mut vec![0; self.len()])
     }
 
-    /// Takes the message out of the socket, with the descriptor that came with it; its payload means
-    /// nothing. Further descriptors are closed.
+    /// Takes the message out of the socket, with the descriptor that came with it; its payload
+    /// means nothing. Further descriptors are closed.
     ///
     /// # Errors
     /// When the connection is broken.

@@ -50,8 +50,8 @@
 //! # Whom the record is believed
 //!
 //! The front-end can write anything there at any time. A record is looked at once, at the start of
-//! its ring; it is read within bounds, loops end, and one that contradicts the ring is refused. What
-//! is wrong in a plausible way harms the front-end's own guest and nobody else.
+//! its ring; it is read within bounds, loops end, and one that contradicts the ring is refused.
+//! What is wrong in a plausible way harms the front-end's own guest and nobody else.
 
 use std::collections::VecDeque;
 

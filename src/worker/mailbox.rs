@@ -203,10 +203,14 @@ impl<F: Future<Output = ()>> Thread<F> {
         let ring = self.worker.start(index, setup)?;
         let Some(kick) = &ring.kick else { return Ok(()) };
         let Err(error) = self.poller.add(kick, 0, Trigger::Edge) else { return Ok(()) };
-        // Nothing was taken from it, so it is drained.
+        let error = RingError::Kick(error);
+        // Nothing was taken from it, and nothing that a predecessor had taken will be.
+        if let Some(ring) = self.worker.ring(index) {
+            ring.fail(&error);
+        }
         self.worker.stop(index);
         self.worker.take_stopped();
-        Err(RingError::Kick(error))
+        Err(error)
     }
 
     fn answer_stopped(&mut self) {
