@@ -1,5 +1,6 @@
 //! The daemon is killed with SIGKILL under load and another one takes its place: no request is
-//! lost, none is answered twice, what was answered is on the disk, and the guest sees nothing of it.
+//! lost, none is answered twice, what was answered is on the disk, and the guest sees nothing of
+//! it.
 //!
 //! `KILLS` is the number of kills: 40 with a front-end on the host and 8 with a virtual machine
 //! unless it is set. The long forms are `KILLS=1000 cargo nextest run -p integration --test restart

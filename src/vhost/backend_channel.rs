@@ -1,8 +1,8 @@
 //! What we say to a front-end unasked: that the configuration space has changed.
 //!
 //! The front-end passes one end of a socket pair (SET_BACKEND_REQ_FD). The one message sent there
-//! is BACKEND_CONFIG_CHANGE_MSG, and never with NEED_REPLY: a front-end answers it by asking for the
-//! configuration space, on the connection that this very thread serves.
+//! is BACKEND_CONFIG_CHANGE_MSG, and never with NEED_REPLY: a front-end answers it by asking for
+//! the configuration space, on the connection that this very thread serves.
 //!
 //! A front-end may ignore the message while its device does not run, and one that connects again
 //! does not ask for what it believes to know. So the session remembers which capacity each has read
