@@ -158,6 +158,11 @@ impl RingLog {
 }
 
 #[cfg(test)]
+#[expect(
+    clippy::arithmetic_side_effects,
+    clippy::indexing_slicing,
+    reason = "a test that is wrong may panic"
+)]
 mod tests {
     use super::*;
 
