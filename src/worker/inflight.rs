@@ -315,5 +315,10 @@ impl Record {
 }
 
 #[cfg(test)]
+#[expect(
+    clippy::arithmetic_side_effects,
+    clippy::indexing_slicing,
+    reason = "a test that is wrong may panic"
+)]
 #[path = "inflight_tests.rs"]
 mod tests;
