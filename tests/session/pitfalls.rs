@@ -68,9 +68,20 @@ const PITFALLS: [(&str, &str, &[&str]); 27] = [
         "other ways to stop a ring do not drain it",
         &["every_way_to_stop_waits_for_what_was_taken"],
     ),
-    ("P9", "a fresh in-flight region knows nothing of the used ring", &[]),
-    ("P10", "the in-flight region comes before memory and addresses", &[]),
-    ("P11", "the in-flight region's layout", &[]),
+    (
+        "P9",
+        "a fresh in-flight region knows nothing of the used ring",
+        &[
+            "a_fresh_region_takes_the_rings_index",
+            "a_fresh_record_takes_the_rings_index_and_clears_nothing_wrongly",
+        ],
+    ),
+    (
+        "P10",
+        "the in-flight region comes before memory and addresses",
+        &["a_fresh_region_takes_the_rings_index", "cloud_hypervisors_reconnect_loses_nothing"],
+    ),
+    ("P11", "the in-flight region's layout", &["what_is_under_way_is_marked_until_it_is_answered"]),
     ("P12", "packed rings are recovered wrongly; they are not offered", &["the_offer_is_exact"]),
     ("P13", "SIZE_MAX is offered", &["the_offer_is_exact"]),
     (
@@ -156,7 +167,12 @@ fn every_test_of_a_pitfall_is_there() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let mut text = String::new();
     ["src", "tests", "integration"].iter().for_each(|part| collect(&root.join(part), &mut text));
+    // What is not offered cannot be got wrong.
+    let has_inflight = root.join("src/vhost/inflight.rs").exists();
     for (number, what, tests) in PITFALLS {
+        if ["P9", "P10", "P11"].contains(&number) && !has_inflight {
+            continue;
+        }
         println!("{number}: {what}: {tests:?}");
         for test in tests {
             assert!(text.contains(&format!("fn {test}()")), "{number}: there is no test {test}");
