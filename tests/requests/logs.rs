@@ -133,3 +133,15 @@ fn a_chain_through_a_table_is_logged_by_its_parts() {
     }
     assert!(log.marks() == wanted, "pages that are written, and no other");
 }
+
+#[test]
+fn an_entry_in_the_middle_of_a_large_used_ring_is_marked() {
+    // Its pages: flags, index and the first entries; the middle; the wish behind the last entry.
+    let mut bench = bench(Options { size: 1024, start: 600, ..Options::default() });
+    let log = Log::new();
+    bench.worker.set_logging(Some(log.logging()));
+    let middle = bench.driver.used_ring() as usize / PAGE + 1;
+    assert!(!log.marks()[middle]);
+    read(&mut bench);
+    assert!(log.marks()[middle]);
+}
