@@ -1,5 +1,6 @@
 //! `vhost-user-qcow2`: parse, log, run, exit status.
 
+use std::io::Write;
 use std::process::ExitCode;
 
 use clap::Parser;
@@ -15,10 +16,11 @@ fn main() -> ExitCode {
     }
     if let Some(Command::Ctl(call)) = &arguments.command {
         return match ctl::run(call) {
-            Ok(result) => {
-                println!("{result}");
-                ExitCode::SUCCESS
-            }
+            // Who has stopped reading, as `head` does, wants no more.
+            Ok(result) => match writeln!(std::io::stdout(), "{result}") {
+                Ok(()) => ExitCode::SUCCESS,
+                Err(_) => ExitCode::FAILURE,
+            },
             Err(error) => fail(&error),
         };
     }

@@ -140,6 +140,7 @@ fn resize(reach: &mut Reach<'_, '_>, parameters: &Parameters) -> Answer {
     }
     // The image is changed by whoever has it alone.
     drop(device);
+    refuse_outage(reach)?;
     let engine = reach.disk.engine;
     let change = reach.front_ends.change_image(|image| {
         block_on(engine, async {
@@ -151,14 +152,25 @@ fn resize(reach: &mut Reach<'_, '_>, parameters: &Parameters) -> Answer {
     let now = reach.front_ends.device().image().size();
     change.and_then(|done| done).map_err(|error| {
         let error = error.within(reach.disk.path.display());
-        tracing::warn!("the disk keeps its {now} bytes: {error}");
+        tracing::warn!("the disk has {now} bytes: {error}");
         failed(&error)
     })?;
     tracing::info!("the disk has {now} bytes now; it had {old}");
     Ok(json!({ "virtual-size": now, "was": old }))
 }
 
+/// Refuses what would wait, and front-ends with it, until the host has space again.
+fn refuse_outage(reach: &Reach<'_, '_>) -> Result<(), Failure> {
+    match reach.disk.files.outage().waiting() {
+        0 => Ok(()),
+        waiting => Err(Failure::failed(format!(
+            "{waiting} operations wait for space on the host; free some and try again"
+        ))),
+    }
+}
+
 fn flush(reach: &mut Reach<'_, '_>, _: &Parameters) -> Answer {
+    refuse_outage(reach)?;
     let device = reach.front_ends.device();
     let engine = reach.disk.engine;
     block_on(engine, device.image().flush(engine)).map_err(|error| failed(&error))?;
