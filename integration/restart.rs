@@ -225,7 +225,7 @@ fn guest_lives_through_kills() {
     let directory = base.parent().expect("a file lies in a directory").display().to_string();
     let arguments = ["--format", "qcow2", "--allow-path", &directory];
     let mut daemon = Daemon::start(&scratch, &image, &arguments);
-    let words = format!("disk_test=restart disk_test_seconds={}", 20 + kills * 3);
+    let words = format!("disk_test=restart disk_test_seconds={}", 15 + kills * 7 / 2);
     let mut guest = Guest::start_with(&scratch, 2, &words, ",reconnect-ms=100");
     guest.wait_for("GUEST-UP");
     guest.wait_for("GUEST-ROUND");

@@ -158,7 +158,13 @@ impl FrontEnd {
         let memory = GuestMemoryMmap::from_ranges_with_files([range]).map_err(Error::other)?;
         let queue = |index: usize| -> Result<Queue> {
             let at = GUEST + index as u64 * RING_BYTES;
-            let ring = Ring::new(&memory, at, options.ring_size, options.event_idx, options.start);
+            let ring = Ring::new(
+                &memory,
+                at,
+                options.ring_size,
+                options.event_idx,
+                (options.start, options.slots),
+            );
             let event = || eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
             Ok(Queue { ring, kick: event()?, call: event()?, error: event()? })
         };

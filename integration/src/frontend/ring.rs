@@ -34,6 +34,8 @@ pub struct Ring {
     available: u16,
     seen: u16,
     told: u16,
+    /// Most chains at a time: so many descriptors are left for those that are to come.
+    most: usize,
     /// Descriptors that are not in use.
     free: VecDeque<u16>,
     /// By head: the slot that waits for it, and the descriptors of its chain.
@@ -46,7 +48,7 @@ impl Ring {
         table: u64,
         size: u16,
         event_idx: bool,
-        start: u16,
+        (start, most): (u16, usize),
     ) -> Self {
         let mut ring = Self {
             memory: memory.clone(),
@@ -56,6 +58,7 @@ impl Ring {
             available: start,
             seen: start,
             told: start,
+            most,
             free: (0..size).collect(),
             chains: vec![None; usize::from(size)],
         };
@@ -117,7 +120,7 @@ impl Ring {
 
     /// Makes a chain available; with the table at `indirect` if there is not much room.
     pub(super) fn offer(&mut self, slot: usize, pieces: &[Piece], indirect: u64) -> Result<()> {
-        let crowded = self.free.len() < usize::from(self.size / 4) + pieces.len();
+        let crowded = self.free.len() < self.most + pieces.len();
         let count = if crowded { 1 } else { pieces.len() };
         if self.free.len() < count {
             return Err(Error::other("the ring is full"));
