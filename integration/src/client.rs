@@ -274,7 +274,9 @@ impl Client {
     }
 }
 
-fn wanted_features() -> u64 {
+/// The features that front-ends of ours ask for.
+#[must_use]
+pub fn wanted_features() -> u64 {
     let block = VirtioBlkFeatureFlags::SEG_MAX
         | VirtioBlkFeatureFlags::RO
         | VirtioBlkFeatureFlags::BLK_SIZE
