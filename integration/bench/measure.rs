@@ -12,11 +12,11 @@
 
 use std::io::Result;
 use std::path::PathBuf;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use crate::client::{Client, Kind, Outcome};
+use crate::client::{Client, Kind, Outcome, Request};
 use crate::count::{Counts, Tool};
-use crate::images::{Images, warm};
+use crate::images::{CLUSTER, Images, warm};
 use crate::plan::Load;
 use crate::server::{Disk, Memory, Mode, Server, Side};
 
@@ -193,9 +193,21 @@ impl Bench {
         let block = case.load.block as usize;
         let mut client = Client::connect(&server.socket(), case.queues, case.depth, block)?;
         if case.warm {
+            client.run((0..case.queues as u64).map(|_| each_cluster(case.load.span)).collect())?;
             run(&mut client, case, self.time / 4)?;
         }
         Ok((server, client))
+    }
+}
+
+/// Reads a block of every cluster once: all tables, and whatever else a server keeps of clusters,
+/// are in memory afterwards as far as they fit.
+fn each_cluster(span: u64) -> impl FnMut(usize, Instant) -> Option<Request> + Send {
+    let mut next = 0;
+    move |_, _| {
+        let offset = next;
+        next += CLUSTER;
+        (offset < span).then_some(Request { kind: Kind::Read, offset, length: 4096 })
     }
 }
 
