@@ -6,7 +6,7 @@
 use std::fs::{self, File};
 use std::io::Write;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use integration::bulk::{self, Content};
@@ -272,6 +272,9 @@ fn told_to_end_while_stalled_and_alone() {
     go_on(&scratch, &image, 0, Content::Zeros);
 }
 
+/// log2 of the bytes between places whose entries are in different pages of one L2 table.
+const APART_BITS: u32 = 26;
+
 /// Whoever copies an image may leave zeros out, those in its tables too: making such a table
 /// durable needs space, although it was there already.
 fn flush_on_a_full_host(name: &str, policy: &str) -> Option<(Scratch, Small, Daemon, Client)> {
@@ -279,6 +282,9 @@ fn flush_on_a_full_host(name: &str, policy: &str) -> Option<(Scratch, Small, Dae
     let small = Small::mount(&scratch)?;
     let (original, image) = (scratch.file("original.img"), small.file("disk.img"));
     images::create(&original, "qcow2", "", 1 << 40);
+    let mut fill = Command::new("qemu-io");
+    fill.args(["-f", "qcow2", "-c", "write 0 64k"]).arg(&original).stdout(Stdio::null());
+    assert!(fill.status().expect("start qemu-io").success());
     let copied = Command::new("cp").arg("--sparse=always").args([&original, &image]).status();
     assert!(copied.expect("start cp").success());
     let arguments = ["--format", "qcow2", "--on-enospc", policy];
@@ -287,9 +293,9 @@ fn flush_on_a_full_host(name: &str, policy: &str) -> Option<(Scratch, Small, Dae
     let content = Content::Numbered(1);
     bulk::write(&mut client, 0..MIB, content).expect("write");
     client.execute(Request::Flush).expect("flush");
-    // Entries in each page of the L1 table.
+    // Entries in other pages of the L2 table, which was there and is a hole but for the first.
     for part in 1..4 {
-        let at = part << 38;
+        let at = part << APART_BITS;
         bulk::write(&mut client, at..at + MIB, content).expect("write");
     }
     small.fill_up();
@@ -311,7 +317,7 @@ fn a_stalled_flush_goes_on() {
     let answers = client.wait(Duration::from_secs(20)).expect("wait");
     assert!(answers.len() == 1 && answers[0].result == 0, "{answers:?}");
     for part in 0..4 {
-        let at = part << 38;
+        let at = part << APART_BITS;
         bulk::write(&mut client, at..at + MIB, Content::Numbered(part)).expect("write");
     }
     client.execute(Request::Flush).expect("flush");
@@ -338,7 +344,7 @@ fn a_reported_flush_fails_and_what_was_flushed_stays() {
     let daemon = Daemon::start(&scratch, &image, &["--format", "qcow2"]);
     let mut client = connect(&scratch);
     bulk::verify(&mut client, 0..MIB, Content::Numbered(1)).expect("what was flushed");
-    let at = 3 << 38;
+    let at = 3 << APART_BITS;
     bulk::write(&mut client, at..at + MIB, Content::Numbered(2)).expect("write");
     client.execute(Request::Flush).expect("flush");
     drop(client);
