@@ -1,7 +1,10 @@
 //! The layers of a disk, top first, and finding the one that holds a byte.
 
+use std::ops::Range;
+
 use crate::bytes::GuestOffset;
-use crate::error::Result;
+use crate::error::{Error, Result};
+use crate::image::hints::Hints;
 use crate::qcow2::header::Compression;
 use crate::qcow2::{CompressedExtent, Extent, Qcow2};
 use crate::raw::Raw;
@@ -34,9 +37,9 @@ impl Place {
     }
 }
 
-/// The layers of a disk.
+/// The layers of a disk, and what is remembered of those below the top.
 #[derive(Debug)]
-pub(crate) struct Chain(pub(crate) Vec<Layer>);
+pub(crate) struct Chain(pub(crate) Vec<Layer>, Hints);
 
 impl Layer {
     pub(crate) fn size(&self) -> u64 {
@@ -46,24 +49,65 @@ impl Layer {
         }
     }
 
-    async fn map(&self, st: &dyn Storage, at: GuestOffset, len: u64) -> Result<Extent> {
+    /// Where bytes live, if that is known at once.
+    fn lookup(&self, at: GuestOffset, len: u64) -> Result<Option<Extent>> {
         match self {
-            Self::Raw(raw) => {
-                let (file, at) = (raw.file(), raw.host(at));
-                Ok(Extent::Data { file, at, len })
-            }
-            Self::Qcow2(image) => match image.lookup(at, len)? {
-                Some(extent) => Ok(extent),
-                None => image.map(st, at, len).await,
-            },
+            Self::Raw(raw) => Ok(Some(Extent::Data { file: raw.file(), at: raw.host(at), len })),
+            Self::Qcow2(image) => image.lookup(at, len),
+        }
+    }
+
+    async fn map(&self, st: &dyn Storage, at: GuestOffset, len: u64) -> Result<Extent> {
+        match (self.lookup(at, len)?, self) {
+            (None, Self::Qcow2(image)) => image.map(st, at, len).await,
+            (Some(extent), _) => Ok(extent),
+            (None, Self::Raw(_)) => unreachable!("a raw file has no tables"),
         }
     }
 }
 
 impl Chain {
+    /// A chain of layers, top first.
+    pub(crate) fn new(layers: Vec<Layer>) -> Self {
+        let bits = |layer: &Layer| match layer {
+            Layer::Raw(_) => None,
+            Layer::Qcow2(image) => Some(image.cluster_size().ilog2()),
+        };
+        let smallest = layers.iter().filter_map(bits).min().unwrap_or(u32::MAX);
+        let size = layers.first().map_or(0, Layer::size);
+        let hints = Hints::new(layers.len(), size, smallest);
+        Self(layers, hints)
+    }
+
     /// The layer that is written to.
     pub(crate) fn top(&self) -> &Layer {
         &self.0[0]
+    }
+
+    /// As [`Chain::resolve`] where the bytes lie as they are and that is known at once; `None`
+    /// where tables must be loaded or layers be asked one after the other.
+    pub(crate) fn lookup(&self, at: GuestOffset, len: u64) -> Result<Option<Extent>> {
+        match self.top().lookup(at, len)? {
+            Some(Extent::Backing { len }) => self.lookup_below(at, len),
+            Some(plain @ (Extent::Data { .. } | Extent::Zero { .. })) => Ok(Some(plain)),
+            Some(Extent::Compressed(_)) | None => Ok(None),
+        }
+    }
+
+    fn lookup_below(&self, at: GuestOffset, len: u64) -> Result<Option<Extent>> {
+        let Some((layer, len)) = self.hint(at, len) else { return Ok(None) };
+        let Some(layer) = self.0.get(layer) else { return Ok(Some(Extent::Zero { len })) };
+        Ok(match layer.lookup(at, len).map_err(Error::below)? {
+            Some(plain @ (Extent::Data { .. } | Extent::Zero { .. })) => Some(plain),
+            _ => None,
+        })
+    }
+
+    /// The layer that is known to hold the bytes from `at` on, and how many of `len` that is.
+    fn hint(&self, at: GuestOffset, len: u64) -> Option<(usize, u64)> {
+        let layer = self.1.layer(at)?;
+        let (start, piece) = self.1.piece(at);
+        Some((layer, len.min(piece - (at - start))))
     }
 
     /// Where the bytes from `at` on live, as far as that is one place of at most `len` bytes.
@@ -71,13 +115,50 @@ impl Chain {
         &self,
         st: &dyn Storage,
         at: GuestOffset,
-        mut len: u64,
+        len: u64,
     ) -> Result<Place> {
-        for (depth, layer) in self.0.iter().enumerate() {
+        let (_, place) = self.walk(st, 0..1, at, len).await?;
+        let len = match place {
+            Place::Plain(Extent::Backing { len }) => len,
+            place => return Ok(place),
+        };
+        if self.1.is_empty() {
+            return self.walk(st, 1..self.0.len(), at, len).await.map(|(_, place)| settled(place));
+        }
+        if self.1.layer(at).is_none() {
+            self.find_piece(st, at).await?;
+        }
+        let (from, len) = self.hint(at, len).unwrap_or((1, len));
+        self.walk(st, from..self.0.len(), at, len).await.map(|(_, place)| settled(place))
+    }
+
+    /// Finds out which layer holds a byte's piece, and remembers that if it is one for all of it.
+    async fn find_piece(&self, st: &dyn Storage, at: GuestOffset) -> Result<()> {
+        let (start, piece) = self.1.piece(at);
+        let inside = piece.min(self.top().size() - start.0);
+        let (layer, place) = self.walk(st, 1..self.0.len(), start, inside).await?;
+        if place.len() == inside {
+            self.1.remember(at, layer);
+        }
+        Ok(())
+    }
+
+    /// Asks some layers one after the other where the bytes from `at` on live; returns which one
+    /// knows. `Backing` is the answer, and the number of the next layer, if none does.
+    async fn walk(
+        &self,
+        st: &dyn Storage,
+        layers: Range<usize>,
+        at: GuestOffset,
+        mut len: u64,
+    ) -> Result<(usize, Place)> {
+        let end = layers.end;
+        for depth in layers {
+            let layer = &self.0[depth];
             // A layer that is shorter than the one above reads as zeros behind its end.
             let inside = layer.size().saturating_sub(at.0);
             if inside == 0 {
-                return Ok(Place::Plain(Extent::Zero { len }));
+                return Ok((depth, Place::Plain(Extent::Zero { len })));
             }
             len = len.min(inside);
             let extent = layer.map(st, at, len).await;
@@ -89,11 +170,20 @@ impl Chain {
                     };
                     let (file, kind) = (image.file(), image.compression());
                     let cluster_size = image.cluster_size();
-                    return Ok(Place::Compressed { file, kind, cluster_size, extent });
+                    let place = Place::Compressed { file, kind, cluster_size, extent };
+                    return Ok((depth, place));
                 }
-                plain => return Ok(Place::Plain(plain)),
+                plain => return Ok((depth, Place::Plain(plain))),
             }
         }
-        Ok(Place::Plain(Extent::Zero { len }))
+        Ok((end, Place::Plain(Extent::Backing { len })))
+    }
+}
+
+/// What no layer holds are zeros.
+fn settled(place: Place) -> Place {
+    match place {
+        Place::Plain(Extent::Backing { len }) => Place::Plain(Extent::Zero { len }),
+        place => place,
     }
 }
