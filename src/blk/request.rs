@@ -92,6 +92,13 @@ pub enum Action {
     Refuse(Refusal),
 }
 
+impl Action {
+    /// Whether the disk is another one afterwards.
+    pub fn is_change(&self) -> bool {
+        matches!(self, Self::Write { .. } | Self::Discard(_) | Self::WriteZeroes(_))
+    }
+}
+
 /// A request, ready to be served.
 #[derive(Debug)]
 pub struct Request {

@@ -29,7 +29,7 @@ impl Image {
             let why = format!("{} bytes at {at} are not one cluster to compress", buf.len());
             return Err(Error::refused("disk", why));
         }
-        self.write_mode(st, at, buf, true).await
+        self.write_mode(st, at, &buf, true).await
     }
 
     /// The top layer, if it can hold compressed clusters.

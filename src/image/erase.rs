@@ -102,7 +102,7 @@ impl Image {
             let zero = self.is_zero(st, at + done, piece).await;
             if !self.answer(st, zero).await? {
                 let zeros = Buf::zeroed(usize::try_from(piece).expect("a small piece"));
-                self.write_mode(st, at + done, zeros, self.compress).await?;
+                self.write_mode(st, at + done, &zeros, self.compress).await?;
             }
             done += piece;
         }

@@ -10,6 +10,7 @@ mod compress;
 pub mod describe;
 mod erase;
 pub mod gate;
+mod hints;
 pub mod offline;
 pub mod policy;
 mod transfer;
@@ -57,7 +58,7 @@ impl Image {
         let size = layers[0].size();
         let inflated = Arc::new(Inflated::new(InflatedBytes(0)));
         let policy = Policy::default();
-        Self { chain: Chain(layers), size, read_only, compress: false, inflated, policy }
+        Self { chain: Chain::new(layers), size, read_only, compress: false, inflated, policy }
     }
 
     /// The same disk with other choices of the operator.
@@ -124,6 +125,14 @@ impl Image {
     /// # Errors
     /// When the range lies beyond the disk, the host cannot read, or the image contradicts itself.
     pub async fn read(&self, st: &dyn Storage, at: GuestOffset, buf: Buf) -> Result<()> {
+        self.read_into(st, at, &buf).await
+    }
+
+    /// As [`Image::read`] for a buffer that somebody else holds until this has ended.
+    ///
+    /// # Errors
+    /// As [`Image::read`].
+    pub async fn read_into(&self, st: &dyn Storage, at: GuestOffset, buf: &Buf) -> Result<()> {
         self.check_range(at, buf.len() as u64)?;
         let _stay = self.epochs().map(|epochs| epochs.enter(st.lane()));
         let result = self.read_chain(st, Purpose::GuestRead, at, buf).await;
@@ -135,7 +144,7 @@ impl Image {
         if let (Err(error), Layer::Qcow2(image), false) =
             (&result, self.chain.top(), self.read_only)
         {
-            image.mark_corrupt(st, error).await;
+            Box::pin(image.mark_corrupt(st, error)).await;
         }
         result
     }
@@ -146,6 +155,14 @@ impl Image {
     /// When the range lies beyond the disk, the disk is read-only, the host cannot write, or the
     /// image contradicts itself or was poisoned before.
     pub async fn write(&self, st: &dyn Storage, at: GuestOffset, buf: Buf) -> Result<()> {
+        self.write_from(st, at, &buf).await
+    }
+
+    /// As [`Image::write`] for a buffer that somebody else holds until this has ended.
+    ///
+    /// # Errors
+    /// As [`Image::write`].
+    pub async fn write_from(&self, st: &dyn Storage, at: GuestOffset, buf: &Buf) -> Result<()> {
         self.check_write(at, buf.len() as u64)?;
         match self.policy.looks_for_zeros() {
             None => self.write_mode(st, at, buf, self.compress).await,
@@ -160,24 +177,57 @@ impl Image {
         &self,
         st: &dyn Storage,
         at: GuestOffset,
-        buf: Buf,
+        buf: &Buf,
         compress: bool,
     ) -> Result<()> {
         let image = match self.chain.top() {
             Layer::Raw(raw) => {
-                let op = Op::Write { at: raw.host(at), buf };
+                let op = Op::Write { at: raw.host(at), buf: buf.clone() };
                 let done = st.submit(raw.file(), Purpose::GuestWrite, op).await;
                 return done.map_err(|source| Error::io("writing the image", source));
             }
             Layer::Qcow2(image) => image,
         };
-        image.start_change(st, at.0, buf.len() as u64).await?;
+        if !image.note_change(at.0, buf.len() as u64) {
+            Box::pin(image.start_change(st, at.0, buf.len() as u64)).await?;
+        }
         let mut stay = Some(image.epochs().enter(st.lane()));
         let mut batch = Batch::default();
-        let result = self.write_parts(st, at, &buf, compress, &mut batch, &mut stay).await;
+        let result = match self.write_known(st, at, buf, &mut batch) {
+            Ok(done) if done == buf.len() => Ok(()),
+            // In a box, so that those who write in place have no use for its memory.
+            Ok(done) => {
+                let rest = self.write_parts(st, at, (buf, done), compress, &mut batch, &mut stay);
+                Box::pin(rest).await
+            }
+            Err(error) => Err(error),
+        };
         let written = batch.finish().await;
         image.mark_dirty(image.data_file());
         self.answer(st, result.and(written)).await
+    }
+
+    /// Starts writing as far as that goes in place and the tables are in memory; returns how far
+    /// that is.
+    fn write_known(
+        &self,
+        st: &dyn Storage,
+        at: GuestOffset,
+        buf: &Buf,
+        batch: &mut Batch,
+    ) -> Result<usize> {
+        let Layer::Qcow2(image) = self.chain.top() else { unreachable!("checked by the caller") };
+        let mut done = 0;
+        while done < buf.len() {
+            let left = (buf.len() - done) as u64;
+            let target = image.lookup_write(at + done as u64, left)?;
+            let Some(WriteTarget::InPlace { file, at, len }) = target else { break };
+            image.check_overlap(file, at, len)?;
+            let part = part(buf, done, len);
+            done += part.len();
+            batch.add(st.submit(file, Purpose::GuestWrite, Op::Write { at, buf: part }));
+        }
+        Ok(done)
     }
 
     /// Starts in-place writes into `batch`; allocating ones are complete when this returns. The
@@ -188,13 +238,12 @@ impl Image {
         &'i self,
         st: &dyn Storage,
         at: GuestOffset,
-        buf: &Buf,
+        (buf, mut done): (&Buf, usize),
         compress: bool,
         batch: &mut Batch,
         stay: &mut Option<Stay<'i>>,
     ) -> Result<()> {
         let Layer::Qcow2(image) = self.chain.top() else { unreachable!("checked by the caller") };
-        let mut done = 0;
         while done < buf.len() {
             let here = at + done as u64;
             let left = (buf.len() - done) as u64;
@@ -270,7 +319,7 @@ impl Image {
             return Ok(None);
         }
         let buf = Buf::zeroed(usize::try_from(len).expect("less than a run of clusters"));
-        self.read_chain(st, Purpose::CowRead, at, buf.clone()).await?;
+        self.read_chain(st, Purpose::CowRead, at, &buf).await?;
         Ok(Some(buf))
     }
 

@@ -184,7 +184,7 @@ impl Image {
         image.start_writing(st).await?;
         let zeros = Buf::zeroed(usize::try_from(len).expect("less than a cluster"));
         let mut batch = Batch::default();
-        let result = self.write_parts(st, at, &zeros, false, &mut batch, &mut None).await;
+        let result = self.write_parts(st, at, (&zeros, 0), false, &mut batch, &mut None).await;
         let written = batch.finish().await;
         image.mark_dirty(image.data_file());
         result.and(written)

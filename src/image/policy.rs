@@ -86,7 +86,7 @@ impl Image {
         &self,
         st: &dyn Storage,
         at: GuestOffset,
-        buf: Buf,
+        buf: &Buf,
         unmap: bool,
     ) -> Result<()> {
         let len = buf.len() as u64;
@@ -100,8 +100,8 @@ impl Image {
             if part.zero {
                 self.write_zeroes(st, here, part.len, unmap).await?;
             } else {
-                let bytes = super::part(&buf, index(part.offset), part.len);
-                self.write_mode(st, here, bytes, self.compress).await?;
+                let bytes = super::part(buf, index(part.offset), part.len);
+                self.write_mode(st, here, &bytes, self.compress).await?;
             }
         }
         Ok(())

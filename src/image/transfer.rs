@@ -12,7 +12,7 @@ use crate::storage::{Buf, Op, Pending, Purpose, Storage};
 /// Transfers under way. All of them are awaited before the request ends, also when one fails: the
 /// guest may use its memory again as soon as it has the answer.
 #[derive(Default)]
-pub(super) struct Batch(SmallVec<[Pending; 4]>);
+pub(super) struct Batch(SmallVec<[Pending; 2]>);
 
 impl Batch {
     pub(super) fn add(&mut self, pending: Pending) {
@@ -23,9 +23,10 @@ impl Batch {
         self.0.is_empty()
     }
 
-    pub(super) async fn finish(self) -> Result<()> {
+    /// Waits for all of them.
+    pub(super) async fn finish(&mut self) -> Result<()> {
         let mut result = Ok(());
-        for pending in self.0 {
+        for pending in &mut self.0 {
             result = result.and(pending.await);
         }
         result.map_err(|source| Error::io("the image's file", source))
@@ -39,12 +40,44 @@ impl Image {
         st: &dyn Storage,
         why: Purpose,
         at: GuestOffset,
-        buf: Buf,
+        buf: &Buf,
     ) -> Result<()> {
         let mut batch = Batch::default();
-        let result = self.read_parts(st, why, at, &buf, &mut batch).await;
+        let result = match self.read_known(st, why, at, buf, &mut batch) {
+            Ok(done) if done == buf.len() => Ok(()),
+            // In a box, so that those who find everything have no use for its memory.
+            Ok(done) => Box::pin(self.read_parts(st, why, at, (buf, done), &mut batch)).await,
+            Err(error) => Err(error),
+        };
         let read = batch.finish().await;
         result.and(read)
+    }
+
+    /// Starts reading as far as the top layer has the bytes and its tables are in memory; returns
+    /// how far that is.
+    fn read_known(
+        &self,
+        st: &dyn Storage,
+        why: Purpose,
+        at: GuestOffset,
+        buf: &Buf,
+        batch: &mut Batch,
+    ) -> Result<usize> {
+        let mut done = 0;
+        while done < buf.len() {
+            let left = (buf.len() - done) as u64;
+            let Some(extent) = self.chain.lookup(at + done as u64, left)? else { break };
+            let len = usize::try_from(extent.len()).expect("no longer than the buffer");
+            match extent {
+                Extent::Data { file, at, len } => {
+                    let buf = super::part(buf, done, len);
+                    batch.add(st.submit(file, why, Op::Read { at, buf }));
+                }
+                _ => buf.fill_zero(done, len),
+            }
+            done += len;
+        }
+        Ok(done)
     }
 
     async fn read_parts(
@@ -52,10 +85,9 @@ impl Image {
         st: &dyn Storage,
         why: Purpose,
         at: GuestOffset,
-        buf: &Buf,
+        (buf, mut done): (&Buf, usize),
         batch: &mut Batch,
     ) -> Result<()> {
-        let mut done = 0;
         while done < buf.len() {
             let left = (buf.len() - done) as u64;
             let place = self.chain.resolve(st, at + done as u64, left).await?;

@@ -352,6 +352,11 @@ impl Qcow2 {
         done.map_err(|source| Error::io("copying a shared L2 table", source))
     }
 
+    /// Whether the image says that it is written to, and takes writes.
+    pub(super) fn is_writing(&self) -> bool {
+        self.writing.load(Ordering::Acquire) && self.poison.get().is_none()
+    }
+
     /// Before the first write: clears, durably, the autoclear bits of features that our writes
     /// would make stale, and sets the dirty bit if refcounts are to be written late.
     pub(crate) async fn start_writing(&self, st: &dyn Storage) -> Result<()> {

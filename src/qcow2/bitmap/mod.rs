@@ -118,12 +118,26 @@ impl Qcow2 {
     /// As [`Qcow2::start_writing`].
     pub(crate) async fn start_change(&self, st: &dyn Storage, at: u64, len: u64) -> Result<()> {
         self.start_writing(st).await?;
+        self.mark_bitmaps(at, len);
+        Ok(())
+    }
+
+    /// As [`Qcow2::start_change`] for an image that says so already; false when it does not, or
+    /// takes no more writes, which that tells.
+    pub(crate) fn note_change(&self, at: u64, len: u64) -> bool {
+        let goes_on = self.is_writing();
+        if goes_on {
+            self.mark_bitmaps(at, len);
+        }
+        goes_on
+    }
+
+    fn mark_bitmaps(&self, at: u64, len: u64) {
         if let Bitmaps::Tracked(tracker) = &self.bitmaps {
             for bits in tracker.live.iter().filter_map(|bitmap| bitmap.bits.get()) {
                 bits.mark(at, len);
             }
         }
-        Ok(())
     }
 
     /// Before the first write: loads the enabled bitmaps and marks them in the image as in use,
