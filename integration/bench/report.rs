@@ -185,8 +185,9 @@ pub(crate) fn markdown(bench: &Bench, facts: &[(&str, String)], findings: &[Find
          and p99 in microseconds. Pairs are ours / theirs. The limit is 1 / (t_bare + t_ring): the \
          time of the same request on the raw file without a server, and that of our server without \
          a disk. `native` needs cache.direct=on and goes around the page cache in every row.\n\n\
-         | Row | What | Bars | Ours | Best of theirs | Ratio | CPU ratio | System calls a request | \
-         Latency | Of the limit | |\n|---|---|---|---|---|---|---|---|---|---|---|\n",
+         | Row | What | Bars | Ours | Best of theirs | Ratio | CPU ratio | \
+         System calls a request | Latency | Of the limit | |\n\
+         |---|---|---|---|---|---|---|---|---|---|---|\n",
         bench.rounds,
         bench.time.as_secs_f64(),
     );

@@ -61,15 +61,14 @@ pub(super) fn discard(bench: &Bench, finding: Finding) -> Result<Finding> {
     };
     let mut finding = finding;
     (finding.ours, finding.theirs) = (describe(ours), describe(theirs));
-    finding.ratio = None;
-    Ok(finding.check(Check::at_most("p99 against that without", ours.1 / ours.0, 3.0)).note(
-        format!(
-            "{} GiB, every cluster mapped to a hole of the file; 8 reads in flight, and one discard \
-             of the length that the device allows; {} reads were answered meanwhile",
-            size >> 30,
-            short(ours.3)
-        ),
-    ))
+    let note = format!(
+        "{} GiB, every cluster mapped to a hole of the file; 8 reads in flight, and one discard of \
+         the length that the device allows; {} reads were answered meanwhile",
+        size >> 30,
+        short(ours.3)
+    );
+    let check = Check::at_most("p99 against that without", ours.1 / ours.0, 3.0);
+    Ok(finding.check(check).note(note))
 }
 
 /// What became of reads while a disk was discarded.

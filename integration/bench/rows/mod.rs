@@ -8,6 +8,7 @@ use std::io::Result;
 
 use crate::bare;
 use crate::client::Kind;
+use crate::images::warm;
 use crate::measure::{Bench, Comparison, median, typical};
 use crate::null;
 use crate::plan::Load;
@@ -153,6 +154,7 @@ fn with_limit(
 /// The host's rate for requests that the page cache takes or gives.
 fn bare_cached(bench: &Bench, kind: Kind) -> Result<f64> {
     let raw = bench.images.raw()?;
+    warm(&raw.path)?;
     let run = || bare::cached(&raw.path, kind, 4096, bench.time / 4);
     Ok(median((0..bench.rounds).map(|_| run()).collect::<Result<_>>()?))
 }
