@@ -8,7 +8,7 @@ use std::io::Result;
 
 use crate::bare;
 use crate::client::Kind;
-use crate::images::warm;
+use crate::images::{forget, warm};
 use crate::measure::{Bench, Comparison, median, typical};
 use crate::null;
 use crate::plan::Load;
@@ -154,6 +154,8 @@ fn with_limit(
 /// The host's rate for requests that the page cache takes or gives.
 fn bare_cached(bench: &Bench, kind: Kind) -> Result<f64> {
     let raw = bench.images.raw()?;
+    // Whoever copied it has left large folios.
+    forget(&raw.path)?;
     warm(&raw.path)?;
     let run = || bare::cached(&raw.path, kind, 4096, bench.time / 4);
     Ok(median((0..bench.rounds).map(|_| run()).collect::<Result<_>>()?))
