@@ -43,7 +43,7 @@ impl Ready {
         self.parked.store(false, Ordering::SeqCst);
     }
 
-    /// Whether any slot wants to be polled.
+    /// Whether any slot was woken.
     pub fn any(&self) -> bool {
         self.words.iter().any(|word| word.load(Ordering::SeqCst) != 0)
     }
@@ -75,6 +75,8 @@ struct Slot<F> {
 pub struct TaskSet<F> {
     slots: Vec<Slot<F>>,
     free: Vec<usize>,
+    /// Tasks that were never polled, in the order of their coming.
+    fresh: Vec<usize>,
     ready: Arc<Ready>,
 }
 
@@ -86,7 +88,9 @@ impl<F: Future<Output = ()>> TaskSet<F> {
             future: Box::pin(None),
             waker: Waker::from(Arc::new(SlotWaker { ready: Arc::clone(&ready), slot })),
         };
-        Self { slots: (0..slots).map(make).collect(), free: (0..slots).rev().collect(), ready }
+        let fresh = Vec::with_capacity(slots);
+        let free = (0..slots).rev().collect();
+        Self { slots: (0..slots).map(make).collect(), free, fresh, ready }
     }
 
     /// Whether [`TaskSet::spawn`] may be called.
@@ -109,27 +113,36 @@ impl<F: Future<Output = ()>> TaskSet<F> {
         self.is_idle()
     }
 
+    /// Whether any task wants to be polled.
+    pub fn has_ready(&self) -> bool {
+        !self.fresh.is_empty() || self.ready.any()
+    }
+
     /// The ready bits, for the owner's sleep.
     pub fn ready(&self) -> &Arc<Ready> {
         &self.ready
     }
 
-    /// Puts `future` into a free slot and marks it ready.
+    /// Puts `future` into a free slot; the next [`TaskSet::run_ready`] polls it.
     ///
     /// # Panics
     /// When there is no free slot: ask [`TaskSet::has_room`] first.
     pub fn spawn(&mut self, future: F) {
         let slot = self.free.pop().expect("spawn needs a free slot");
         self.slots[slot].future.set(Some(future));
-        self.ready.words[slot / 64].fetch_or(1 << (slot % 64), Ordering::Relaxed);
+        self.fresh.push(slot);
     }
 
-    /// Polls every task that is ready, once; returns how many were polled.
+    /// Polls every task that is ready, once; returns how many were polled. New ones come first, in
+    /// the order of their coming: what a guest writes in order should find places in order.
     ///
     /// A task that becomes ready meanwhile waits for the next call, so that one busy task cannot
     /// keep the owner from its rings.
     pub fn run_ready(&mut self) -> usize {
-        let mut polled = 0;
+        let mut fresh = std::mem::take(&mut self.fresh);
+        let mut polled = fresh.len();
+        fresh.drain(..).for_each(|slot| self.poll_slot(slot));
+        self.fresh = fresh;
         for word in 0..self.ready.words.len() {
             if self.ready.words[word].load(Ordering::Relaxed) == 0 {
                 continue;
@@ -214,6 +227,22 @@ mod tests {
         assert_eq!(tasks.run_ready(), 1);
         assert_eq!(done.get(), 1);
         assert!(tasks.is_idle() && tasks.has_room());
+    }
+
+    #[test]
+    fn new_tasks_are_polled_in_the_order_of_their_coming() {
+        let order = Rc::new(RefCell::new(Vec::new()));
+        let mut tasks = TaskSet::new(8, || {});
+        // Slots come back in an order of their own.
+        for round in 0..20 {
+            let count = 1 + round % 8;
+            for number in 0..count {
+                let order = order.clone();
+                tasks.spawn(async move { order.borrow_mut().push(number) });
+            }
+            assert_eq!(tasks.run_ready(), count);
+            assert_eq!(order.take(), (0..count).collect::<Vec<_>>());
+        }
     }
 
     #[test]

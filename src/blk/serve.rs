@@ -73,8 +73,8 @@ pub fn serve(cx: Rc<Context>, request: Request, token: Token) -> impl Future<Out
             _ => Box::pin(serve_other(&cx, &request.action)).await,
         };
         if result.is_ok() && request.action.is_change() {
-            // Without a write cache what is answered is durable (5.2.6.2), and a driver that does not
-            // know FLUSH has no other way to make it so.
+            // Without a write cache what is answered is durable (5.2.6.2), and a driver that does
+            // not know FLUSH has no other way to make it so.
             if request.write_through {
                 result = Box::pin(image.flush(storage)).await;
             } else if request.outlives {

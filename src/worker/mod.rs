@@ -333,7 +333,7 @@ impl<F: Future<Output = ()>> Worker<F> {
     /// operation finishes, or a waker calls `unpark`. [`Worker::unpark`] must follow.
     pub fn park(&mut self) -> bool {
         self.tasks.ready().park();
-        if self.tasks.ready().any() {
+        if self.tasks.has_ready() {
             return false;
         }
         // Without room or tokens no chain can be taken, so no kick is wanted either.

@@ -182,7 +182,7 @@ impl Run {
             return true;
         }
         let idle = self.workers.iter().all(|worker| worker.tasks.is_idle());
-        let hope = |worker: &Worker| worker.tasks.ready().any() || worker.engine.is_busy();
+        let hope = |worker: &Worker| worker.tasks.has_ready() || worker.engine.is_busy();
         let hope = self.left > 0 && self.workers.iter().any(|worker| worker.tasks.has_room())
             || self.workers.iter().any(hope);
         assert!(idle || hope, "deadlock: {} requests wait for nothing", self.alive());

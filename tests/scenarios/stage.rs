@@ -109,7 +109,7 @@ impl Session {
         while !tasks.is_idle() {
             let polled = tasks.run_ready();
             let reaped = engine.reap();
-            let hope = polled + reaped > 0 || engine.is_busy() || tasks.ready().any();
+            let hope = polled + reaped > 0 || engine.is_busy() || tasks.has_ready();
             assert!(tasks.is_idle() || hope, "{} requests wait for nothing", tasks.len());
         }
     }

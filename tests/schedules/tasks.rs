@@ -68,7 +68,7 @@ fn work(tasks: &mut TaskSet<Task>, event: &Event) {
             continue;
         }
         tasks.ready().park();
-        if !tasks.ready().any() {
+        if !tasks.has_ready() {
             event.wait();
         }
         tasks.ready().unparked();
