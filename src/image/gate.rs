@@ -67,6 +67,7 @@ impl Image {
         let layers = gate.open_chain(path).await?;
         let mut image = Self::from_layers(layers, options.read_only).with_policy(options.policy);
         (image.inflated, image.compress) = (gate.inflated, options.compress);
+        image.name = path.display().to_string().into();
         if options.compress {
             image.compressible().map_err(|error| error.within(path.display()))?;
         }

@@ -12,6 +12,7 @@ mod erase;
 pub mod gate;
 mod hints;
 pub mod offline;
+mod outlive;
 pub mod policy;
 mod transfer;
 
@@ -32,6 +33,8 @@ pub use policy::Policy;
 
 /// One guest's disk. Shared by all workers; each brings its own [`Storage`].
 pub struct Image {
+    /// What it is called in errors.
+    name: Box<str>,
     chain: Chain,
     size: u64,
     read_only: bool,
@@ -58,7 +61,8 @@ impl Image {
         let size = layers[0].size();
         let inflated = Arc::new(Inflated::new(InflatedBytes(0)));
         let policy = Policy::default();
-        Self { chain: Chain::new(layers), size, read_only, compress: false, inflated, policy }
+        let (name, chain) = ("disk".into(), Chain::new(layers));
+        Self { name, chain, size, read_only, compress: false, inflated, policy }
     }
 
     /// The same disk with other choices of the operator.
@@ -334,19 +338,6 @@ impl Image {
         match self.chain.top() {
             Layer::Raw(raw) => raw.flush(st).await,
             Layer::Qcow2(image) => self.answer(st, image.flush(st).await).await,
-        }
-    }
-
-    /// Makes everything that was completed before outlive this process. What was written in place
-    /// does as it is; a change of the mapping is flushed, because tables reach the file in an order
-    /// that power cuts respect and in no other.
-    ///
-    /// # Errors
-    /// As [`Image::flush`].
-    pub async fn hand_over(&self, st: &dyn Storage) -> Result<()> {
-        match self.chain.top() {
-            Layer::Qcow2(image) if !self.read_only && image.is_behind() => self.flush(st).await,
-            _ => Ok(()),
         }
     }
 

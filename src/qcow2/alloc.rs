@@ -194,6 +194,15 @@ impl Qcow2 {
         Ok(Allocation { run, fresh })
     }
 
+    /// Counts clusters that nobody has allocated and that are in use all the same. No cluster was
+    /// allocated before this.
+    pub(super) async fn count_found(&self, st: &dyn Storage, run: Run) -> Result<()> {
+        let _turn = self.refill.claim(0..1).await;
+        self.cover(st, run).await?;
+        self.refcounts.adjust(st, run, true).await?;
+        Ok(())
+    }
+
     /// Makes sure that every cluster of `run`, which is not counted yet, has a refcount block;
     /// else the run is free again, or each failure would push the end of the file further away.
     async fn cover_or_give_back(&self, st: &dyn Storage, run: Run) -> Result<()> {

@@ -38,11 +38,14 @@ impl Qcow2 {
             return self.check_poison();
         };
         self.check_poison()?;
+        // Both before anything is copied, so that the copy holds what they speak of.
         let links = self.links.load(Ordering::Acquire);
+        let journal = self.journal().map(|journal| (journal.tail(), journal));
         if let Err(error) = self.write_back(st).await {
             self.poison(&error);
             return Err(error);
         }
+        journal.inspect(|(mark, journal)| journal.trim(*mark));
         self.stored_links.fetch_max(links, Ordering::AcqRel);
         lead.finish();
         // Whoever waited goes on; what the flush has freed is this caller's to tidy up.
@@ -54,7 +57,7 @@ impl Qcow2 {
     }
 
     /// Whether a process that dies now takes a change of the mapping along that is only in its
-    /// memory. Bytes in their places are the kernel's as soon as they are written.
+    /// memory and that no journal has. Bytes in their places are the kernel's as soon as they are written.
     pub fn is_behind(&self) -> bool {
         self.stored_links.load(Ordering::Acquire) < self.links.load(Ordering::Acquire)
     }

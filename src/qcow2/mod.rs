@@ -7,7 +7,8 @@
 //! `epoch` decide when a freed cluster may be used again. Of compressed clusters, `compress` knows
 //! the encodings, `compress_write` where new ones go, `inflated` what was read. `snapshot` and
 //! `resize` change images that nothing else uses, through what they share in `offline`;
-//! `bitmap` keeps dirty bitmaps true.
+//! `bitmap` keeps dirty bitmaps true. `journal` notes what a killed process must not take along,
+//! and `redo` does it again.
 //!
 //! [`check`] looks for contradictions in an image that nobody uses and repairs them, `mark` changes
 //! the header's feature bits in place.
@@ -30,11 +31,13 @@ pub mod format;
 pub mod geometry;
 pub mod header;
 mod inflated;
+pub mod journal;
 mod limbo;
 mod map;
 mod mark;
 mod offline;
 pub mod open;
+mod redo;
 mod refcount;
 mod regions;
 mod resize;
@@ -65,6 +68,7 @@ use crate::qcow2::flush_gate::FlushGate;
 use crate::qcow2::format::INCOMPATIBLE_CORRUPT;
 use crate::qcow2::geometry::Geometry;
 use crate::qcow2::header::{Compression, Header};
+use crate::qcow2::journal::Journal;
 use crate::qcow2::limbo::Limbo;
 use crate::qcow2::refcount::Refcounts;
 use crate::qcow2::regions::Regions;
@@ -91,6 +95,8 @@ impl Default for CacheSizes {
 /// One open qcow2 image; shared by all workers.
 pub struct Qcow2 {
     file: FileId,
+    /// Device and inode of the file.
+    identity: (u64, u64),
     /// The file that holds guest data: the external data file, or the image itself.
     data: FileId,
     header: Header,
@@ -113,9 +119,13 @@ pub struct Qcow2 {
     bitmaps: Bitmaps,
     epochs: Epochs,
     flush: FlushGate,
-    /// Changes of L2 entries so far, and how many of them are in the file.
+    /// Changes of L2 entries so far that no journal can bring back, and how many of them are in the
+    /// file.
     links: AtomicU64,
     stored_links: AtomicU64,
+    /// Where changes of L2 entries are noted, and whether they are.
+    journal: Mutex<Option<Arc<Journal>>>,
+    journaling: AtomicBool,
     /// Where compressed clusters go, and what was inflated of those that are there.
     packer: Packer,
     inflated: Arc<Inflated>,

@@ -104,6 +104,7 @@ impl Qcow2 {
         let l2_need = header.l1_entries.saturating_mul(geometry.cluster_size());
         let mut image = Self {
             file: file.id,
+            identity: file.identity,
             data: parts.data.unwrap_or(file.id),
             geometry,
             backed: parts.backed,
@@ -128,6 +129,8 @@ impl Qcow2 {
             flush: FlushGate::default(),
             links: AtomicU64::new(0),
             stored_links: AtomicU64::new(0),
+            journal: Mutex::new(None),
+            journaling: AtomicBool::new(false),
             packer: Packer::default(),
             inflated: Arc::new(Inflated::new(InflatedBytes(0))),
             image_dirty: AtomicBool::new(false),

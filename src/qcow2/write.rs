@@ -11,11 +11,12 @@ use crate::error::{Error, Result};
 use crate::qcow2::Qcow2;
 use crate::qcow2::claims::Claim;
 use crate::qcow2::format::{
-    AUTOCLEAR_BITMAPS, AUTOCLEAR_RAW_DATA, COPIED, Cluster, INCOMPATIBLE_DIRTY, L2Entry,
-    OFFSET_MASK,
+    AUTOCLEAR_BITMAPS, AUTOCLEAR_RAW_DATA, COMPRESSED, COPIED, Cluster, INCOMPATIBLE_DIRTY,
+    L2Entry, OFFSET_MASK,
 };
 use crate::qcow2::geometry::GuestCluster;
 use crate::qcow2::header::FEATURES_AT;
+use crate::qcow2::journal::Change;
 use crate::qcow2::refcount::Run;
 use crate::storage::{Buf, FileId, Op, Purpose, Storage};
 use crate::sync::{AtomicU64, Ordering, lock};
@@ -193,21 +194,38 @@ impl Qcow2 {
         let slot = self.geometry.l2_slot(first);
         let slice = self.geometry.l2_slice(first);
         let words_per_entry = 1 << (self.geometry.l2_entry_bits() - 3);
+        let journal = self.journal();
+        // A change and its record come between the same two copies that flushes make.
         let change = |words: &[AtomicU64]| {
+            if journal.as_ref().is_some_and(|journal| !journal.has_room(count)) {
+                return None;
+            }
+            let mut noted = journal.is_some();
             let places = words[slot * words_per_entry..].chunks_exact(words_per_entry);
-            for (step, place) in (0..count).zip(places) {
-                let L2Entry { word, bitmap } = entry(step);
-                for (target, value) in place.iter().zip([word, bitmap]) {
+            for ((step, place), slot) in (0..count).zip(places).zip(slot..) {
+                let (old, new) = (self.entry(words, slot), entry(step));
+                for (target, value) in place.iter().zip([new.word, new.bitmap]) {
                     target.store(value.to_be(), Ordering::Relaxed);
                 }
+                if let Some(journal) = journal.as_ref().filter(|_| old != new) {
+                    journal.append(&Change { guest: first.0 + step, old, new });
+                }
+                noted &= new.word & COMPRESSED == 0;
             }
-            Some(())
+            Some(noted)
         };
-        while self.l2.update(slice, change).is_none() {
-            self.load_slice(st, first).await?;
+        let noted = loop {
+            match self.l2.update(slice, change) {
+                Some(Some(noted)) => break noted,
+                // In a box: it is rare, and every request would have its memory.
+                Some(None) => Box::pin(self.flush(st)).await?,
+                None => self.load_slice(st, first).await?,
+            }
+        };
+        if !noted {
+            // Counted after the change, so that a flush which knows of it holds it.
+            self.links.fetch_add(1, Ordering::AcqRel);
         }
-        // Counted after the change, so that a flush which knows of it holds it.
-        self.links.fetch_add(1, Ordering::AcqRel);
         Ok(())
     }
 

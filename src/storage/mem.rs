@@ -113,7 +113,7 @@ impl Unsynced {
     }
 }
 
-#[derive(Default)]
+#[derive(Clone, Default)]
 struct File {
     name: PathBuf,
     volatile: Vec<u8>,
@@ -259,6 +259,41 @@ impl MemDisk {
             });
         });
         Self::reopen(crashed)
+    }
+
+    /// The host after the process was killed that has used it until now, drawn from `seed`. What
+    /// had finished is there, and no more durable than before; what was under way happened or not,
+    /// or in part.
+    #[must_use]
+    pub fn kill(&self, seed: u64) -> Self {
+        let mut random = fastrand::Rng::with_seed(seed);
+        let disk = self.0.borrow();
+        let (mut files, mut serial) = (disk.files.clone(), disk.serial);
+        for (file, change) in disk.in_flight.values() {
+            let file = &mut files[index(*file)];
+            let mut change = change.clone();
+            // Whole sectors from the start on, and the file may be longer than before.
+            let at = change.at;
+            let sectors = |len: u64, random: &mut fastrand::Rng| {
+                let end = (at + random.u64(..=len)).next_multiple_of(SECTOR as u64);
+                (end - at).min(len)
+            };
+            match (random.u8(0..8), &mut change.change) {
+                (0..=2, _) => continue,
+                (3, Change::Bytes(bytes)) => {
+                    let len = sectors(bytes.len() as u64, &mut random);
+                    bytes.truncate(usize::try_from(len).expect("fits in memory"));
+                }
+                (3, Change::Zeros(len)) => *len = sectors(*len, &mut random),
+                _ => {}
+            }
+            serial += 1;
+            change.serial = serial;
+            change.apply(&mut file.volatile, || true);
+            file.unsynced.push(change);
+        }
+        let killed = Disk { files, in_flight: BTreeMap::new(), trace: None, serial };
+        Self(Rc::new(RefCell::new(killed)))
     }
 
     fn crash_with(&self, mut fate: impl FnMut() -> Fate) -> Self {

@@ -45,7 +45,7 @@ mod walk;
 
 use std::collections::{BTreeMap, BTreeSet};
 
-pub(super) use counted::{Counted, counted};
+pub(super) use counted::{Counted, counted, referred};
 pub(super) use references::{References, Use};
 
 use crate::error::{Error, Result};
