@@ -4,7 +4,9 @@
 //!
 //! `KILLS` is the number of kills: 40 with a front-end on the host and 8 with a virtual machine
 //! unless it is set. The long forms are `KILLS=1000 cargo nextest run -p integration --test restart
-//! host` and `KILLS=50 cargo nextest run -p integration --test restart guest`.
+//! host` and `KILLS=50 cargo nextest run -p integration --test restart guest`. The rate of writes
+//! to new clusters, with the region and without, is printed by `ROUNDS=5 cargo nextest run -p
+//! integration --test restart rate --no-capture`; `VHOST_USER_QCOW2` names the daemon.
 
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -209,6 +211,47 @@ fn host_late_writes_of_a_dead_daemon_do_not_land() {
     drop(disk);
     daemon.terminate();
     eprintln!("{:?}", images::check(&image));
+}
+
+/// Writes 4 KiB to each of so many clusters, in any order and 32 at a time; tells how many in a
+/// second.
+fn allocating_rate(inflight: bool, count: usize) -> f64 {
+    let scratch = Scratch::new("restart-rate");
+    let image = scratch.file("disk.qcow2");
+    images::create(&image, "qcow2", "", count * (64 << 10));
+    let daemon = Daemon::start(&scratch, &image, &["--format", "qcow2"]);
+    let options = Options { queues: 1, slots: 32, inflight, ..FOUR };
+    let mut disk = FrontEnd::new(options).expect("a front-end");
+    disk.connect(&scratch.socket()).expect("connect");
+    let mut clusters: Vec<u64> = (0..count as u64).collect();
+    Rng::with_seed(1).shuffle(&mut clusters);
+    let begun = Instant::now();
+    let mut answered = 0;
+    while answered < count {
+        while let Some(slot) = disk.free_slot()
+            && let Some(cluster) = clusters.pop()
+        {
+            let request = Request::Write { offset: cluster << 16, length: 4096 };
+            disk.submit(0, slot, request, &[]).expect("submit");
+        }
+        disk.kick().expect("kick");
+        let answers = disk.wait(Duration::from_secs(60)).expect("answers");
+        assert!(!answers.is_empty() && answers.iter().all(|answer| answer.result == 0));
+        answered += answers.len();
+    }
+    let rate = count as f64 / begun.elapsed().as_secs_f64();
+    drop(disk);
+    daemon.terminate();
+    rate
+}
+
+#[test]
+fn host_rate_of_allocating_writes() {
+    let (rounds, count) = (number_from_environment("ROUNDS", 2), 4000);
+    for round in 0..rounds {
+        let (with, without) = (allocating_rate(true, count), allocating_rate(false, count));
+        eprintln!("round {round}: {with:.0} a second with the region, {without:.0} without");
+    }
 }
 
 #[test]

@@ -37,9 +37,9 @@ impl VhostUserBackendReqHandlerMut for Session {
         // negotiates anew in any case.
         self.entered = true;
         self.stop_all();
-        self.inflight = None;
-        self.rings.iter_mut().for_each(Ring::reset);
         self.set_write_back(self.export.device().settings().write_back);
+        self.forget_inflight();
+        self.rings.iter_mut().for_each(Ring::reset);
         Ok(())
     }
 
@@ -213,7 +213,7 @@ impl VhostUserBackendReqHandlerMut for Session {
     ) -> Answer<Vec<u8>> {
         self.entered = true;
         let device = self.export.device();
-        let config = device.read_config(offset, size, self.write_back);
+        let config = device.read_config(offset, size, self.is_write_back());
         let config = config.ok_or(Refusal::InvalidParam)?;
         self.note_config_read(offset, size);
         Ok(config)

@@ -16,7 +16,7 @@ use crate::sync::Arc;
 use crate::vhost::backend_channel::BackendChannel;
 use crate::vhost::control::FrontEnd;
 use crate::vhost::export::Export;
-use crate::vhost::inflight::Region;
+use crate::vhost::inflight::{JournalState, Region};
 use crate::vhost::log::{LOG_ALL, Log};
 use crate::vhost::memory::MemoryTable;
 use crate::vhost::ring::Ring;
@@ -46,11 +46,14 @@ pub struct Session {
     pub(super) export: Arc<Export>,
     /// The workers, while a ring is served or was a moment ago.
     pub(super) pool: Option<Pool>,
-    /// Whether this front-end's driver has a write cache.
-    pub(super) write_back: bool,
+    /// Whether this front-end's driver has a write cache, once it has said so, or has had a ring
+    /// served; else it finds the device as it is.
+    pub(super) write_back: Option<bool>,
     pub(super) rings: Vec<Ring>,
     pub(super) memory: MemoryTable,
     pub(super) inflight: Option<Region>,
+    /// What became of the region's journal.
+    pub(super) journal: JournalState,
     pub(super) log: Log,
     /// The channel through which a state is loaded.
     pub(super) loading: Option<File>,
@@ -86,11 +89,12 @@ impl Session {
         let rings = (0..settings.queues).map(|_| Ring::new(settings.queue_size)).collect();
         Self {
             pool: None,
-            write_back: settings.write_back,
+            write_back: None,
             export,
             rings,
             memory: MemoryTable::default(),
             inflight: None,
+            journal: JournalState::default(),
             log: Log::default(),
             loading: None,
             features: 0,
@@ -105,8 +109,8 @@ impl Session {
     /// Ends the service of the front-end: drains every ring and lets the workers go.
     pub fn disconnect(&mut self) {
         self.stop_all();
-        self.inflight = None;
         self.rest();
+        self.inflight = None;
     }
 
     /// Whether the front-end has ever attached itself to the device, and so may be silent.
@@ -145,6 +149,7 @@ impl Session {
         if self.is_serving() {
             return;
         }
+        self.let_journal_go();
         if let Some(mut pool) = self.pool.take() {
             // The guest's memory and its log are not kept longer than its rings.
             pool.set_memory(MemoryTable::default().memory());
@@ -159,15 +164,24 @@ impl Session {
             let mut pool = self.export.take()?;
             pool.set_memory(self.memory.memory());
             pool.set_logging(self.logging());
-            pool.device().set_write_back(self.write_back);
             self.pool = Some(pool);
+            self.set_write_back(self.is_write_back());
         }
         self.pool.as_mut()
     }
 
+    /// Whether this front-end's driver has a write cache. A guest that comes from another
+    /// front-end believes what it was told there.
+    pub(super) fn is_write_back(&self) -> bool {
+        self.write_back.unwrap_or_else(|| self.export.device().is_write_back())
+    }
+
     /// Has a write cache from now on, or none.
     pub(super) fn set_write_back(&mut self, write_back: bool) {
-        self.write_back = write_back;
+        self.write_back = Some(write_back);
+        if let Some(region) = &self.inflight {
+            region.keep_write_back(write_back);
+        }
         if self.pool.is_some() {
             self.export.device().set_write_back(write_back);
         }
@@ -252,11 +266,11 @@ impl Session {
             }
             Ok(Some(mut setup)) => {
                 setup.inflight = self.inflight.as_ref().and_then(|region| region.record(index));
-                let Some(pool) = self.hire() else {
+                if self.hire().is_none() {
                     tracing::info!("queue {index} waits: another front-end's guest is served");
                     return Ok(());
-                };
-                pool.start(index, setup)
+                }
+                self.take_over().and_then(|pool| pool.start(index, setup))
             }
             Err(error) => Err(error),
         };

@@ -40,9 +40,10 @@
 //!
 //! A guest that does not notice the restart reads back what it was told is written, flushed or not.
 //! Bytes are the kernel's once they are written, but a change of an image's tables is in memory
-//! until a flush. So while somebody keeps a record, a request that changed tables is answered after
-//! a flush, one for all that wait ([`crate::image::Image::hand_over`]); overwriting what is
-//! allocated costs nothing.
+//! until a flush. So while somebody keeps a record, such changes are noted in a journal beside it
+//! before the request is answered ([`crate::qcow2::journal`]). Where there is no room for one, and
+//! for compressed clusters, the request is answered after a flush, one for all that wait
+//! ([`crate::image::Image::hand_over`]).
 //!
 //! What the predecessor had handed to the kernel cannot come later than what is repeated: the image
 //! stays locked until the kernel has finished with it (see `storage::lock`).

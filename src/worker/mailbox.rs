@@ -9,6 +9,9 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::blk::Device;
 use crate::blk::serve::Context;
+use crate::error::Result as Outcome;
+use crate::qcow2::journal::SharedWords;
+use crate::storage::block_on;
 use crate::sync::Arc;
 use crate::worker::dirty::Logging;
 use crate::worker::poller::{Poller, Trigger};
@@ -75,6 +78,19 @@ pub enum Command {
         device: Arc<Device>,
         /// Nothing refers to the old one any more.
         reply: Sender<()>,
+    },
+    /// Take the image over from a process that may have died, and note changes of its mapping from
+    /// now on. No ring is served.
+    Attach {
+        /// Where they are noted.
+        words: Arc<dyn SharedWords>,
+        /// How many changes were made again.
+        reply: Sender<Outcome<usize>>,
+    },
+    /// Flush the image, and note no changes any more. No ring is served.
+    Detach {
+        /// Done.
+        reply: Sender<Outcome<()>>,
     },
     /// Tell what was done so far.
     Report {
@@ -191,6 +207,16 @@ impl<F: Future<Output = ()>> Thread<F> {
             Command::SetDevice { device, reply } => {
                 self.worker.set_device(device);
                 let _ = reply.send(());
+            }
+            Command::Attach { words, reply } => {
+                let storage = self.worker.storage();
+                let attach = self.worker.context().device.image().attach_journal(storage, words);
+                let _ = reply.send(block_on(storage, attach));
+            }
+            Command::Detach { reply } => {
+                let storage = self.worker.storage();
+                let detach = self.worker.context().device.image().detach_journal(storage);
+                let _ = reply.send(block_on(storage, detach));
             }
             Command::Report { reply } => {
                 let _ = reply.send(self.worker.report());

@@ -12,6 +12,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 use crate::blk::Device;
 use crate::blk::serve::Context;
 use crate::error::{Error, Result};
+use crate::qcow2::journal::SharedWords;
 use crate::storage::Engine;
 use crate::sync::Arc;
 use crate::worker::dirty::Logging;
@@ -79,17 +80,40 @@ impl Pool {
     pub fn start(&mut self, index: usize, setup: RingSetup) -> Result<()> {
         let context = || format!("queue {index}");
         let place = index % self.workers.len();
-        if self.workers[place].is_none() {
-            let handle = self.spawn(place).map_err(|error| error.within(context()))?;
-            self.workers[place] = Some(handle);
-            self.set_memory_of(place);
-            self.set_logging_of(place);
-        }
-        let handle = self.workers[place].as_ref().expect("it was started just now");
+        let handle = self.hire(place).map_err(|error| error.within(context()))?;
         let setup = Box::new(setup);
         let answer = handle.ask(|reply| Command::Start { index, setup, reply });
         let started: Result<(), RingError> = answer.recv().expect("a worker answers");
         started.map_err(|error| Error::refused(context(), error.to_string()))
+    }
+
+    /// The worker of that number, whose thread is started if need be.
+    fn hire(&mut self, place: usize) -> Result<&Handle> {
+        if self.workers[place].is_none() {
+            self.workers[place] = Some(self.spawn(place)?);
+            self.set_memory_of(place);
+            self.set_logging_of(place);
+        }
+        Ok(self.workers[place].as_ref().expect("it was started just now"))
+    }
+
+    /// Takes the image over from a process that may have died, and notes changes of its mapping in
+    /// `words` from now on ([`crate::image::Image::attach_journal`]). No ring is served.
+    ///
+    /// # Errors
+    /// When a worker cannot be started; else what the image says.
+    pub fn attach(&mut self, words: Arc<dyn SharedWords>) -> Result<usize> {
+        let answer = self.hire(0)?.ask(|reply| Command::Attach { words, reply });
+        answer.recv().expect("a worker answers")
+    }
+
+    /// Flushes the image and notes no changes any more. No ring is served.
+    ///
+    /// # Errors
+    /// What the image says.
+    pub fn detach(&mut self) -> Result<()> {
+        let answer = self.hire(0)?.ask(|reply| Command::Detach { reply });
+        answer.recv().expect("a worker answers")
     }
 
     /// Stops rings and waits until everything taken from them was published. Gives for each the

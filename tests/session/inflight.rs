@@ -41,7 +41,7 @@ impl Region {
 
 impl FrontEnd {
     /// Asks for a region; gives its description and its file.
-    fn get_inflight(&mut self, queues: u16) -> (Vec<u8>, File) {
+    pub(crate) fn get_inflight(&mut self, queues: u16) -> (Vec<u8>, File) {
         let wish = Region { size: 0, ..Region::of(queues) };
         self.send(GET_INFLIGHT_FD, 1, &wish.payload(), &[]);
         let mut bytes = [0; 36];
@@ -51,7 +51,7 @@ impl FrontEnd {
         (bytes[12..].to_vec(), file.expect("a file"))
     }
 
-    fn set_inflight(&mut self, payload: &[u8], file: &File) -> u64 {
+    pub(crate) fn set_inflight(&mut self, payload: &[u8], file: &File) -> u64 {
         self.acknowledged(SET_INFLIGHT_FD, payload, &[file.as_raw_fd()])
     }
 }
@@ -98,7 +98,10 @@ fn a_fresh_region_takes_the_rings_index() {
     front_end.tell(R::SET_FEATURES, &features().to_ne_bytes());
     // It comes before memory and rings.
     let (payload, file) = front_end.get_inflight(2);
-    assert_eq!(payload[..20], Region::of(2).payload()[..20]);
+    assert_eq!(payload[8..20], Region::of(2).payload()[8..20]);
+    let size = u64::from_ne_bytes(payload[..8].try_into().expect("eight bytes"));
+    assert_eq!(size, file.metadata().expect("its length").len());
+    assert!(size > Region::of(2).size, "there is room behind the records");
     file.set_len(0).expect_err("it cannot be cut off");
     file.set_len(1 << 20).expect_err("nor made longer");
     assert_eq!(front_end.set_inflight(&payload, &file), 0);

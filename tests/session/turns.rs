@@ -77,7 +77,7 @@ fn a_front_end_that_waits_does_not_change_the_other_ones_write_cache() {
     let (mut source, mut old) = server.attached(1);
     let (mut target, mut new) = destination(&server);
     assert_eq!(source.set_config(32, 0, &[0]), 0);
-    assert_eq!((source.config(32, 1, 0), target.config(32, 1, 0)), (vec![0], vec![1]));
+    assert_eq!((source.config(32, 1, 0), target.config(32, 1, 0)), (vec![0], vec![0]));
     let write = |guest: &mut Guest| {
         let before = server.syncs();
         guest.send(0, OUT, 8, &[(DATA, 512, false)]);
@@ -110,4 +110,29 @@ fn more_front_ends_than_there_is_room_for_wait_outside() {
     drop(inside.pop());
     outside.any_reply();
     server.end();
+}
+
+#[test]
+fn a_guest_that_moves_keeps_its_write_cache_and_a_region_remembers_it() {
+    let server = Server::start(Options::default());
+    let (mut source, mut old) = server.attached(1);
+    assert_eq!(source.set_config(32, 0, &[0]), 0);
+    old.assert_reads(0);
+    let (mut target, new) = destination(&server);
+    drop(source);
+    target.set_up(&new, 0);
+    assert_eq!(target.config(32, 1, 0), [0]);
+    // Its region says so to a daemon that has not seen the guest before.
+    let (payload, file) = target.get_inflight(1);
+    assert_eq!(target.set_inflight(&payload, &file), 0);
+    let other = Server::start(Options::default());
+    let mut again = other.connect();
+    again.negotiate();
+    assert_eq!(again.config(32, 1, 0), [1]);
+    assert_eq!(again.set_inflight(&payload, &file), 0);
+    assert_eq!(again.config(32, 1, 0), [0]);
+    assert_eq!(again.acknowledged(R::RESET_DEVICE, &[], &[]), 0);
+    assert_eq!(again.config(32, 1, 0), [1]);
+    server.end();
+    other.end();
 }
