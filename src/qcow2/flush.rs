@@ -57,7 +57,8 @@ impl Qcow2 {
     }
 
     /// Whether a process that dies now takes a change of the mapping along that is only in its
-    /// memory and that no journal has. Bytes in their places are the kernel's as soon as they are written.
+    /// memory and that no journal has. Bytes in their places are the kernel's as soon as they are
+    /// written.
     pub fn is_behind(&self) -> bool {
         self.stored_links.load(Ordering::Acquire) < self.links.load(Ordering::Acquire)
     }

@@ -16,7 +16,8 @@
 //! # Refcounts
 //!
 //! A host cluster that is linked anew counts once. In the file its refcount is zero; or one, since
-//! clusters are counted in batches and a flush may have come between; then it is ours if nothing in
+//! clusters are counted in batches and a flush may have come between; or what it was before it was
+//! freed and handed out again, both in memory. Unless it is zero the cluster is ours if nothing in
 //! the image refers to it, which a walk over all tables says. What is replaced still counts in the
 //! file, because its unlinking was not durable.
 //!
@@ -37,6 +38,10 @@ use crate::qcow2::refcount::Run;
 use crate::storage::Storage;
 use crate::sync::{Arc, Ordering, lock};
 
+/// The highest refcount that a cluster may have kept from before it was freed: more than one of the
+/// largest clusters can hold compressed ones.
+const MOST_COUNTS: u64 = 1 << 16;
+
 /// One entry to be set.
 struct Step {
     cluster: GuestCluster,
@@ -50,9 +55,11 @@ struct Step {
 #[derive(Default)]
 struct Plan {
     steps: Vec<Step>,
-    /// Host clusters that are linked anew, and those of them that are not counted.
+    /// Host clusters that are linked anew, those of them that are not counted, and those that are
+    /// counted too high, with the excess.
     links: BTreeSet<u64>,
     uncounted: Vec<u64>,
+    overcounted: Vec<(u64, u64)>,
 }
 
 fn contradiction(why: impl std::fmt::Display) -> Error {
@@ -155,6 +162,11 @@ impl Qcow2 {
         for cluster in plan.uncounted {
             self.count_found(st, Run::new(cluster, 1)).await?;
         }
+        for (cluster, excess) in plan.overcounted {
+            for _ in 0..excess {
+                self.refcounts.adjust(st, Run::new(cluster, 1), false).await?;
+            }
+        }
         let count = plan.steps.len();
         for step in plan.steps {
             self.relieve(st).await?;
@@ -223,6 +235,10 @@ impl Qcow2 {
             match self.refcounts.count(st, HostCluster(cluster)).await? {
                 0 => plan.uncounted.push(cluster),
                 1 => counted = true,
+                many @ 2..=MOST_COUNTS => {
+                    counted = true;
+                    plan.overcounted.push((cluster, many - 1));
+                }
                 many => {
                     let why = format!("the cluster at {} counts {many} times", place(cluster));
                     return Err(contradiction(why));
