@@ -6,9 +6,11 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use integration::client::{Client, Request};
+use integration::control::Operator;
 use integration::daemon::Daemon;
 use integration::images;
 use integration::scratch::{Scratch, number_from_environment};
+use serde_json::json;
 
 const DEPTH: usize = 16;
 const MIB: usize = 1 << 20;
@@ -100,6 +102,36 @@ fn operations_are_limited_and_the_extra_comes_once() {
     std::thread::sleep(Duration::from_millis(500));
     let (answered, seconds) = load(&mut client, measure(), read(512));
     assert_rate("without", answered as f64, seconds, 500.0, 100.0);
+    drop(client);
+    daemon.terminate();
+}
+
+#[test]
+fn an_operator_changes_the_rates_of_a_guest_that_runs() {
+    let (scratch, image) = disk("changed");
+    let control = scratch.control();
+    // A request is paid for in an hour.
+    let rates = "bw_size=4096,bw_refill_time=3600000";
+    let control = ["--control", control.to_str().expect("a plain name"), "--rate-limit", rates];
+    let daemon = Daemon::start(&scratch, &image, &control);
+    let mut operator = Operator::connect(&scratch);
+    let mut client = Client::connect(&scratch.socket(), 2, DEPTH).expect("connect");
+    for slot in 0..8 {
+        client.submit(slot % 2, slot, read(4096)(slot as u64), &[]).expect("submit");
+    }
+    client.kick().expect("kick");
+    assert_eq!(client.wait(PATIENCE).expect("wait").len(), 1, "one has tokens");
+    assert!(client.wait(Duration::from_millis(300)).expect("wait").is_empty());
+    // Who sleeps for an hour is woken.
+    operator.call("qos", json!({ "off": true })).expect("no limits");
+    while client.in_flight() > 0 {
+        assert!(!client.wait(PATIENCE).expect("wait").is_empty(), "no answer came");
+    }
+    let rates = json!({ "ops_size": 50, "ops_refill_time": 100 });
+    let told = operator.call("qos", rates).expect("others");
+    assert_eq!((&told["ops_size"], &told["bw_size"]), (&json!(50), &json!(0)));
+    let (answered, seconds) = load(&mut client, measure(), read(512));
+    assert_rate("after the change", answered as f64, seconds, 500.0, 50.0);
     drop(client);
     daemon.terminate();
 }

@@ -20,6 +20,9 @@ Methods:
   resize size=20G              make the disk larger while guests run
   resize size=5G shrink=true   make it smaller, losing what lies behind
   flush                        make everything that was completed durable
+  qos                          the rate limits
+  qos bw_size=10M ops_size=0   change some of them: --rate-limit's keys
+  qos off                      no limits
   shutdown                     end the daemon as SIGTERM does")]
 pub struct Arguments {
     /// The daemon's control socket
@@ -33,16 +36,17 @@ pub struct Arguments {
     /// The method
     pub method: String,
 
-    /// Its arguments: numbers, true, false, or text
-    #[arg(value_name = "NAME=VALUE", value_parser = parameter)]
+    /// Its arguments: numbers, true, false, or text; a name alone is true
+    #[arg(value_name = "NAME[=VALUE]", value_parser = parameter)]
     pub parameters: Vec<(String, Value)>,
 }
 
 /// One argument of a method. What is no number, nor true or false, is text.
 fn parameter(text: &str) -> std::result::Result<(String, Value), String> {
-    let Some((name, value)) = text.split_once('=').filter(|(name, _)| !name.is_empty()) else {
-        return Err("write it as NAME=VALUE".to_owned());
-    };
+    let (name, value) = text.split_once('=').unwrap_or((text, "true"));
+    if name.is_empty() {
+        return Err("write it as NAME=VALUE, or NAME for NAME=true".to_owned());
+    }
     let parsed = serde_json::from_str(value).ok();
     let plain = |value: &Value| matches!(value, Value::Number(_) | Value::Bool(_));
     Ok((name.to_owned(), parsed.filter(plain).unwrap_or_else(|| value.into())))
@@ -102,6 +106,7 @@ mod tests {
             ("size=20G", "size", json!("20G")),
             ("size=1024", "size", json!(1024)),
             ("shrink=true", "shrink", json!(true)),
+            ("off", "off", json!(true)),
             ("a==", "a", json!("=")),
             ("a=", "a", json!("")),
             ("a=[1]", "a", json!("[1]")),
@@ -111,7 +116,7 @@ mod tests {
         ] {
             assert_eq!(parameter(text), Ok((name.to_owned(), value)), "{text}");
         }
-        for text in ["size", "=1", ""] {
+        for text in ["=1", "=", ""] {
             assert!(parameter(text).is_err(), "{text}");
         }
     }

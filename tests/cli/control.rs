@@ -102,6 +102,36 @@ fn every_method_answers_without_a_guest() {
 }
 
 #[test]
+fn rate_limits_are_shown_changed_and_taken_away() {
+    let bench = Bench::new();
+    let image = bench.path("disk.qcow2");
+    let _daemon = serve(&bench, &image, &["--create", "1M", "--rate-limit", "ops_size=100"]);
+    let rates = |bandwidth: u64, burst: u64, operations: u64, refill: u64| {
+        json!({ "bw_size": bandwidth, "bw_refill_time": 1000, "bw_one_time_burst": burst,
+            "ops_size": operations, "ops_refill_time": refill, "ops_one_time_burst": 0 })
+    };
+    assert_eq!(call(&bench, &["qos"]), rates(0, 0, 100, 1000));
+    let changed = call(&bench, &["qos", "bw_size=10M", "bw_one_time_burst=4096"]);
+    assert_eq!(changed, rates(10 << 20, 4096, 100, 1000));
+    for (words, why) in [
+        (&["qos", "size=1"][..], "it takes bw_size"),
+        (&["qos", "ops_size=1K"], "key=number"),
+        (&["qos", "ops_size=-1"], "key=number"),
+        (&["qos", "ops_size"], "key=number"),
+        (&["qos", "bw_size=1,ops_size=5"], "key=number"),
+        (&["qos", "bw_refill_time=0"], "bw_refill_time=0"),
+        (&["qos", "bw_size=0"], "without bw_size"),
+        (&["qos", "off=1"], "true or false"),
+    ] {
+        assert_refused(&bench, words, why);
+    }
+    assert_eq!(call(&bench, &["qos"]), changed, "what was refused has changed nothing");
+    let fewer = call(&bench, &["qos", "off", "ops_size=7", "ops_refill_time=10"]);
+    assert_eq!(fewer, rates(0, 0, 7, 10));
+    assert_eq!(call(&bench, &["qos", "off"]), rates(0, 0, 0, 1000));
+}
+
+#[test]
 fn refusals_say_what_to_do() {
     let bench = Bench::new();
     let daemon = serve(&bench, &bench.raw("disk.raw"), &["--format", "raw"]);

@@ -5,6 +5,7 @@ use std::time::Instant;
 
 use serde_json::{Value, json};
 
+use crate::blk::rates::RateLimits;
 use crate::cli::control::report;
 use crate::cli::control::rpc::{Failure, Parameters};
 use crate::cli::size;
@@ -48,7 +49,19 @@ const METHODS: &[Method] = &[
     Method { name: "inflight", parameters: &[], run: inflight },
     Method { name: "resize", parameters: &["size", "shrink"], run: resize },
     Method { name: "flush", parameters: &[], run: flush },
+    Method { name: "qos", parameters: QOS, run: qos },
     Method { name: "shutdown", parameters: &[], run: shutdown },
+];
+
+/// The arguments of `qos`: a rate each, and one that takes all of them away.
+const QOS: &[&str] = &[
+    "bw_size",
+    "bw_refill_time",
+    "bw_one_time_burst",
+    "ops_size",
+    "ops_refill_time",
+    "ops_one_time_burst",
+    "off",
 ];
 
 /// Carries out a method.
@@ -175,6 +188,29 @@ fn flush(reach: &mut Reach<'_, '_>, _: &Parameters) -> Answer {
     let engine = reach.disk.engine;
     block_on(engine, device.image().flush(engine)).map_err(|error| failed(&error))?;
     Ok(json!({}))
+}
+
+fn qos(reach: &mut Reach<'_, '_>, parameters: &Parameters) -> Answer {
+    let device = reach.front_ends.device();
+    let limiter = device.limiter();
+    let (old, off) = (limiter.get(), flag(parameters, "off")?);
+    let mut text = String::new();
+    for (name, value) in parameters.iter().filter(|(name, _)| *name != "off") {
+        let value = match value {
+            Value::String(text) => text.clone(),
+            // Which texts are numbers is for the rates to say.
+            other => other.to_string(),
+        };
+        text.push_str(&format!("{name}={} ", value.replace([',', ' '], "?")));
+    }
+    let changed = if off { RateLimits::default() } else { old }.with(&text);
+    let rates = changed.map_err(|error| Failure::parameters(error.to_string()))?;
+    if rates != old {
+        limiter.set(rates).map_err(|error| failed(&error))?;
+        tracing::info!("rate limits are {rates} now; they were {old}");
+    }
+    let fields = rates.fields().map(|(name, value)| (name.to_owned(), Value::from(value)));
+    Ok(Value::Object(fields.into_iter().collect()))
 }
 
 fn shutdown(reach: &mut Reach<'_, '_>, _: &Parameters) -> Answer {
