@@ -82,7 +82,6 @@ const RECORDS: usize = 16_384;
 /// Records that there must be room for: more than one change of entries makes.
 const LEAST_RECORDS: u64 = 1024;
 /// Words that a region gets for a journal.
-#[expect(clippy::arithmetic_side_effects, reason = "it is computed by the compiler")]
 pub const JOURNAL_WORDS: usize = HEADER_WORDS + RECORDS * RECORD_WORDS;
 
 /// Where the words of the header are.
@@ -264,6 +263,7 @@ impl Journal {
 #[cfg(test)]
 #[expect(
     clippy::arithmetic_side_effects,
+    clippy::as_conversions,
     clippy::indexing_slicing,
     reason = "a test that is wrong may panic"
 )]

@@ -87,8 +87,8 @@ fn wanted(changes: &[Change], found: L2Entry) -> Result<Option<L2Entry>> {
         let why = "an entry is neither what it was nor what it became";
         return Err(contradiction(why));
     };
-    let later = values.into_iter().skip(place + 1);
-    Ok(later.filter(|value| value.word & COMPRESSED == 0).last())
+    let mut later = values.into_iter().skip(place + 1);
+    Ok(later.rfind(|value| value.word & COMPRESSED == 0))
 }
 
 impl Qcow2 {
