@@ -3,6 +3,9 @@
 //!
 //! Long forms: `STOPS=50`, `RESETS=20` and `MIGRATIONS=10`, each for its test.
 
+use std::cell::RefCell;
+use std::fs;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::path::PathBuf;
 use std::process::Command;
 use std::thread::sleep;
@@ -128,10 +131,30 @@ fn a_guest_is_stopped_and_continued_under_load() {
     host.end(machine);
 }
 
+/// What QEMU 10.0 says when its processors' threads lose a race with its own reset, which then ends
+/// it: an assertion about its memory map, without a back-end's part in it.
+const RACE_OF_QEMU: &str = "iotlb_to_section";
+
 #[test]
 fn a_guest_is_reset_at_any_moment_and_finds_what_it_has_written() {
-    let mut random = fastrand::Rng::with_seed(seed());
+    let seed = seed();
+    for attempt in 1.. {
+        let log = RefCell::new(PathBuf::new());
+        let outcome = catch_unwind(AssertUnwindSafe(|| reset_often(seed, &log)));
+        let Err(panic) = outcome else { return };
+        let said = fs::read_to_string(&*log.borrow()).unwrap_or_default();
+        if attempt == 4 || !said.contains(RACE_OF_QEMU) {
+            resume_unwind(panic);
+        }
+        eprintln!("QEMU has ended itself ({RACE_OF_QEMU}): once more");
+    }
+}
+
+/// Says in `log` where QEMU's own messages go.
+fn reset_often(seed: u64, log: &RefCell<PathBuf>) {
+    let mut random = fastrand::Rng::with_seed(seed);
     let host = Host::new("reset");
+    *log.borrow_mut() = host.scratch.file("guest.qemu.log");
     let mut machine = host.machine("guest", None);
     let mut written = [0; 2];
     for reset in 0..number_from_environment("RESETS", 3) {
