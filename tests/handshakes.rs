@@ -40,7 +40,7 @@ impl Sum {
 #[test]
 fn handshakes_in_any_order_leave_the_next_front_end_its_disk() {
     let (mut service, mut sum, start) = (Service::start(), Sum::default(), Instant::now());
-    let count = number("HANDSHAKES").unwrap_or(250);
+    let count = number("HANDSHAKES").unwrap_or(300);
     let seeds = if number("SEED").is_some() { seeds(1) } else { 0..count };
     for seed in seeds {
         let _repeat = Repeat::new("handshakes", "handshakes_in_any_order", seed);
@@ -54,7 +54,7 @@ fn streams_of_spoiled_bytes_leave_the_next_front_end_its_disk() {
     let (mut service, mut sum, start) = (Service::start(), Sum::default(), Instant::now());
     let time = number("SECONDS").map(Duration::from_secs);
     let mut seeds = if number("SEED").is_some() { seeds(1) } else { 0..u64::MAX };
-    let goes_on = |count: u64| time.map_or(count < 250, |time| start.elapsed() < time);
+    let goes_on = |count: u64| time.map_or(count < 300, |time| start.elapsed() < time);
     while goes_on(sum.inputs)
         && let Some(seed) = seeds.next()
     {

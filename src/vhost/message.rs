@@ -9,9 +9,8 @@ use std::io::{self, Read, Write};
 use std::os::unix::net::UnixStream;
 
 use vhost::vhost_user::message::{FrontendReq, MAX_MSG_SIZE};
-use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
-use crate::worker::poller::{is_hung_up, peek, unread};
+use crate::worker::poller::{is_hung_up, peek, receive, unread};
 
 /// Bytes of a header: request, flags, size of the payload; all in the machine's byte order.
 const HEADER_BYTES: usize = 12;
@@ -154,7 +153,7 @@ impl Header {
     /// When the connection is broken.
     pub(super) fn take_descriptor(&self, mut socket: &UnixStream) -> io::Result<Option<File>> {
         let mut bytes = vec![0; self.len()];
-        let (taken, file) = socket.recv_with_fd(&mut bytes)?;
+        let (taken, file) = receive(socket, &mut bytes)?;
         // What was sent in several pieces may be read in several pieces only.
         socket.read_exact(&mut bytes[taken..])?;
         Ok(file)

@@ -1,13 +1,33 @@
 #![expect(unsafe_code, reason = "recvmsg, ioctl and poll on a borrowed descriptor")]
 //! An epoll set that closes itself, and the questions about a socket that std cannot ask.
 
+use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, RawFd};
+use std::os::unix::net::UnixStream;
 
 use epoll::{ControlOptions, Event, Events};
+use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 /// Most events taken in one call; the others come with the next.
 const BATCH: usize = 32;
+
+/// Reads what is there, at most as many bytes as fit, and gives the first of the descriptors that
+/// come with it; others are closed. The kernel fills the room up to a whole word: two descriptors
+/// come where there was to be one.
+///
+/// # Errors
+/// What the kernel answered.
+pub fn receive(socket: &UnixStream, bytes: &mut [u8]) -> io::Result<(usize, Option<File>)> {
+    let mut parts = [libc::iovec { iov_base: bytes.as_mut_ptr().cast(), iov_len: bytes.len() }];
+    let mut descriptors: [RawFd; 2] = [-1; 2];
+    // SAFETY: the one part is all of `bytes`, which is borrowed for the whole call.
+    let (taken, count) = unsafe { socket.recv_with_fds(&mut parts, &mut descriptors)? };
+    // SAFETY: the kernel has just made these descriptors for us, and nobody else knows of them.
+    let own = |fd: &RawFd| unsafe { File::from_raw_fd(*fd) };
+    let files: Vec<File> = descriptors.iter().take(count).map(own).collect();
+    Ok((taken, files.into_iter().next()))
+}
 
 /// An epoll set of descriptors, each with a number of the owner's choice.
 #[derive(Debug)]
