@@ -52,8 +52,10 @@ pub(crate) const SET_CONFIG: u32 = 25;
 pub(crate) const ADD_MEM_REG: u32 = 37;
 pub(crate) const REM_MEM_REG: u32 = 38;
 
-/// MQ, REPLY_ACK, BACKEND_REQ, CONFIG, RESET_DEVICE and CONFIGURE_MEM_SLOTS.
-pub(crate) const PROTOCOL: u64 = 1 | 1 << 3 | 1 << 5 | 1 << 9 | 1 << 13 | 1 << 15;
+/// MQ, LOG_SHMFD, REPLY_ACK, BACKEND_REQ, CONFIG, INFLIGHT_SHMFD, RESET_DEVICE,
+/// CONFIGURE_MEM_SLOTS and DEVICE_STATE.
+pub(crate) const PROTOCOL: u64 =
+    1 | 1 << 1 | 1 << 3 | 1 << 5 | 1 << 9 | 1 << 12 | 1 << 13 | 1 << 15 | 1 << 19;
 /// FLUSH, INDIRECT, PROTOCOL_FEATURES and VERSION_1.
 pub(crate) const FEATURES: u64 = 1 << 9 | 1 << 28 | 1 << 30 | 1 << 32;
 
