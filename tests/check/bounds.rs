@@ -89,3 +89,18 @@ fn an_l1_table_behind_the_end_of_the_file_is_not_repaired_into_a_sound_image() {
         assert!(disk.content(FILE) == *made.image(), "{repair:?} has changed the image");
     }
 }
+
+#[test]
+fn a_small_l1_table_right_behind_the_end_of_the_file_is_an_error() {
+    let mut made = Layout::new(12, 800, Kind::Plain).make(0);
+    let end = (made.image().len() as u64).next_multiple_of(4096);
+    let image = made.image();
+    image.resize(usize::try_from(end).expect("a small file"), 0);
+    image[40..48].copy_from_slice(&end.to_be_bytes());
+    let disk = made.disk();
+    for repair in [Repair::None, Repair::All] {
+        let report = run(&disk, repair);
+        assert!(report.check_errors > 0, "{repair:?}: {report:?}");
+        assert!(disk.content(FILE) == *made.image(), "{repair:?} has changed the image");
+    }
+}

@@ -9,6 +9,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 
+use crate::bytes::round_up;
 use crate::qcow2::format::{COMPRESSED, COPIED, OFFSET_MASK, ZERO};
 
 /// Bits of an L1 entry that must be zero.
@@ -109,6 +110,12 @@ impl Rules {
     /// not be there in full.
     pub(super) fn beyond(&self, at: u64, len: u64) -> bool {
         at.saturating_add(len) >= self.length.saturating_add(self.cluster_size())
+    }
+
+    /// Whether a table, which is aligned, runs past the cluster in which the file ends: a small one
+    /// is not there at all then, and the image could not be opened with it.
+    pub(super) fn cuts(&self, at: u64, len: u64) -> bool {
+        at.saturating_add(len) > round_up(self.length, self.cluster_size())
     }
 
     fn over_fixed(&self, at: u64, len: u64) -> bool {

@@ -73,7 +73,7 @@ struct Mender<'m, 'a> {
 impl Mender<'_, '_> {
     async fn run(&mut self) -> Result<()> {
         for root in &self.target.roots {
-            if !self.target.rules.beyond(root.at, root.entries * 8) {
+            if !self.target.rules.cuts(root.at, root.entries * 8) {
                 self.root(*root).await?;
             }
         }
@@ -144,7 +144,7 @@ impl Mender<'_, '_> {
     async fn tables(&mut self) -> Result<()> {
         let mut seen = BTreeSet::new();
         for root in &self.target.roots {
-            if self.target.rules.beyond(root.at, root.entries * 8) {
+            if self.target.rules.cuts(root.at, root.entries * 8) {
                 continue;
             }
             let coverage = self.target.header.geometry.l2_coverage();

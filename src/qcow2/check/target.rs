@@ -189,7 +189,7 @@ impl<'a> Target<'a> {
             Err(error) => return self.report.failed(&error),
         };
         let Some((at, len, count)) = bitmaps_extension(&bytes) else { return };
-        if at & (cluster - 1) != 0 || len > DIRECTORY_LIMIT || self.rules.beyond(at, len) {
+        if at & (cluster - 1) != 0 || len > DIRECTORY_LIMIT || self.rules.cuts(at, len) {
             self.report.bitmaps_broken = true;
             self.report.corrupt(1, || format!("the bitmap directory at {at:#x} cannot be used"));
         } else {
@@ -200,7 +200,7 @@ impl<'a> Target<'a> {
     async fn read_reftable(&mut self, usable: bool) {
         let cluster = self.cluster_size();
         let (at, len) = (self.header.reftable_at.0, self.header.reftable_clusters * cluster);
-        if !usable || self.rules.beyond(at, len) {
+        if !usable || self.rules.cuts(at, len) {
             self.rebuild = true;
             return self.report.corrupt(1, || "the refcount table cannot be used".to_owned());
         }

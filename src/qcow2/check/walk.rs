@@ -174,7 +174,7 @@ impl<'w, 'a> Walk<'w, 'a> {
         if len == 0 {
             return false;
         }
-        if self.target.rules.beyond(at, len) {
+        if self.target.rules.cuts(at, len) {
             if let Some(survey) = notes {
                 let what = || format!("the {what} at {at:#x} lies beyond the end of the file");
                 survey.report.corrupt(1, what);
@@ -213,7 +213,7 @@ impl<'w, 'a> Walk<'w, 'a> {
         tables: &mut Tables,
         notes: &mut Option<&mut Survey>,
     ) -> Result<()> {
-        if self.target.rules.beyond(root.at, root.entries * 8) {
+        if self.target.rules.cuts(root.at, root.entries * 8) {
             // Nothing is known of what it led to, so nothing may be given back.
             if let Some(survey) = notes.as_deref_mut().filter(|_| from == 0) {
                 let (table, offset) = ("L1 table", root.at);
@@ -389,7 +389,7 @@ impl<'w, 'a> Walk<'w, 'a> {
         notes: &mut Option<&mut Survey>,
     ) -> Result<()> {
         let cluster = self.target.cluster_size();
-        let beyond = self.target.rules.beyond(table, entries * 8);
+        let beyond = self.target.rules.cuts(table, entries * 8);
         if beyond || table & (cluster - 1) != 0 {
             bitmaps_broken(notes, || format!("the table of bitmap {number} cannot be used"));
             return Ok(());
@@ -404,8 +404,7 @@ impl<'w, 'a> Walk<'w, 'a> {
             for word in words(&bytes).filter(|word| *word != 0) {
                 let at = word & BITMAP_OFFSET;
                 let unaligned = at & (cluster - 1) != 0 || (at != 0 && word & 1 != 0);
-                if unaligned || word & BITMAP_RESERVED != 0 || self.target.rules.beyond(at, cluster)
-                {
+                if unaligned || word & BITMAP_RESERVED != 0 || self.target.rules.cuts(at, cluster) {
                     bitmaps_broken(notes, || format!("bitmap {number} has an entry {word:#x}"));
                 } else if at != 0 {
                     self.refer(at, cluster, Use::SOLE, 1);
