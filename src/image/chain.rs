@@ -69,14 +69,14 @@ impl Layer {
 impl Chain {
     /// A chain of layers, top first.
     pub(crate) fn new(layers: Vec<Layer>) -> Self {
-        let bits = |layer: &Layer| match layer {
-            Layer::Raw(_) => None,
-            Layer::Qcow2(image) => Some(image.cluster_size().ilog2()),
-        };
-        let smallest = layers.iter().filter_map(bits).min().unwrap_or(u32::MAX);
-        let size = layers.first().map_or(0, Layer::size);
-        let hints = Hints::new(layers.len(), size, smallest);
+        let hints = hints(&layers);
         Self(layers, hints)
+    }
+
+    /// Forgets what was found out about layers: the top has another size, and what was asked of a
+    /// piece up to its old end does not hold behind it.
+    pub(crate) fn forget_hints(&mut self) {
+        self.1 = hints(&self.0);
     }
 
     /// The layer that is written to.
@@ -97,6 +97,12 @@ impl Chain {
     fn lookup_below(&self, at: GuestOffset, len: u64) -> Result<Option<Extent>> {
         let Some((layer, len)) = self.hint(at, len) else { return Ok(None) };
         let Some(layer) = self.0.get(layer) else { return Ok(Some(Extent::Zero { len })) };
+        // What the last cluster of a shorter layer has behind that layer's end is not the disk's.
+        let inside = layer.size().saturating_sub(at.0);
+        if inside == 0 {
+            return Ok(Some(Extent::Zero { len }));
+        }
+        let len = len.min(inside);
         Ok(match layer.lookup(at, len).map_err(Error::below)? {
             Some(plain @ (Extent::Data { .. } | Extent::Zero { .. })) => Some(plain),
             _ => None,
@@ -178,6 +184,16 @@ impl Chain {
         }
         Ok((end, Place::Plain(Extent::Backing { len })))
     }
+}
+
+fn hints(layers: &[Layer]) -> Hints {
+    let bits = |layer: &Layer| match layer {
+        Layer::Raw(_) => None,
+        Layer::Qcow2(image) => Some(image.cluster_size().ilog2()),
+    };
+    let smallest = layers.iter().filter_map(bits).min().unwrap_or(u32::MAX);
+    let size = layers.first().map_or(0, Layer::size);
+    Hints::new(layers.len(), size, smallest)
 }
 
 /// What no layer holds are zeros.

@@ -123,6 +123,7 @@ impl Image {
             Layer::Qcow2(_) => self.resize_qcow2(st, size, shrink).await,
         };
         self.size = self.chain.top().size();
+        self.chain.forget_hints();
         done
     }
 

@@ -1,8 +1,10 @@
 //! Reads and writes: patterns over edges of clusters and tables, copies from backing files, and
 //! many requests at once.
 
+use common::images::IMAGE;
 use common::qemu::Dir;
 use common::seeds::{Repeat, seeds};
+use vhost_user_qcow2::storage::block_on;
 
 use crate::stage::Act::{Discard, Unmap, Write, Zero};
 use crate::stage::{Act, BACKED, KIB, MIB, Stage, base, index, word};
@@ -241,4 +243,43 @@ fn one_large_write_and_requests_of_more_than_32_bits() {
     stage.ours(&[Write((4 << 30) - MIB, 2 * MIB, 8), Unmap(MIB, (5 << 30) - 512)]);
     stage.judge();
     assert_eq!(word(&stage.dir, 24), 6 << 30);
+}
+
+#[test]
+fn a_shorter_layer_of_a_deep_chain_ends_where_it_ends_each_time_it_is_read() {
+    let dir = Dir::new();
+    dir.img(&["create", "-q", "-f", "qcow2", "-o", "cluster_size=2M", "base.qcow2", "4M"]);
+    dir.io("base.qcow2", &["write -q -P 7 0 4M".to_owned()]);
+    dir.img(&["resize", "-q", "--shrink", "base.qcow2", "3146240"]);
+    for (name, below) in [("middle.qcow2", "base.qcow2"), (IMAGE, "middle.qcow2")] {
+        dir.img(&["create", "-q", "-f", "qcow2", "-F", "qcow2", "-b", below, name, "4M"]);
+    }
+    let stage = Stage::of(dir);
+    let session = stage.open().expect("opening");
+    // The base's table is in memory from here on.
+    assert_eq!(session.read(2 * MIB, 64 * KIB).expect("reading"), [7; 64 << 10]);
+    for turn in 0..3 {
+        let bytes = session.read(3 * MIB + 64 * KIB, 64 * KIB).expect("reading");
+        assert!(bytes.iter().all(|byte| *byte == 0), "turn {turn}: what was cut off is back");
+    }
+    drop(session.close());
+}
+
+#[test]
+fn a_deep_chain_whose_top_grows_shows_nothing_that_a_shorter_layer_hid() {
+    let dir = Dir::new();
+    dir.img(&["create", "-q", "-f", "qcow2", "base.qcow2", "11M"]);
+    dir.io("base.qcow2", &["write -q -P 7 0 11M".to_owned()]);
+    for (name, below) in [("middle.qcow2", "base.qcow2"), (IMAGE, "middle.qcow2")] {
+        dir.img(&["create", "-q", "-f", "qcow2", "-F", "qcow2", "-b", below, name, "10272K"]);
+    }
+    let stage = Stage::of(dir);
+    let mut session = stage.open().expect("opening");
+    let end = 10272 * KIB;
+    assert_eq!(session.read(end - 32 * KIB, 32 * KIB).expect("reading"), [7; 32 << 10]);
+    let engine = session.engine.as_ref();
+    block_on(engine, session.image.resize(engine, 11 * MIB, false)).expect("growing");
+    let bytes = session.read(end, 32 * KIB).expect("reading");
+    assert!(bytes.iter().all(|byte| *byte == 0), "the base shows");
+    drop(session.close());
 }
