@@ -4,9 +4,9 @@
 //! take one short lock and neighbours in time are neighbours in the file. What is counted but not
 //! yet linked can only leak, and a clean close gives it back. Batches come from clusters freed
 //! since the image was opened, else from holes found by looking at a few refcount slices, else from
-//! the end of the file.
+//! the end of the file. A block device is all holes.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use crate::bytes::{HostOffset, round_up};
 use crate::error::{CorruptKind, Error, Result};
@@ -40,6 +40,8 @@ struct Pool {
     /// Where the search for holes goes on, and where it ends: what lies behind was counted by us.
     scan: u64,
     scan_end: u64,
+    /// Where the search begins once nobody may come back who has put something into the holes.
+    held: Option<u64>,
     /// So many neighbouring clusters are not to be found before that one, from `scan` on.
     crowded: Option<(u64, u64)>,
 }
@@ -78,6 +80,7 @@ impl Allocator {
             free: BTreeMap::new(),
             scan: 0,
             scan_end: frontier,
+            held: None,
             crowded: None,
         };
         Self {
@@ -90,6 +93,40 @@ impl Allocator {
     /// The first cluster behind everything in use.
     pub(super) fn frontier(&self) -> u64 {
         self.frontier.load(Ordering::Acquire)
+    }
+
+    /// Leaves the holes alone, and lets the file grow: what looks free may be in use.
+    pub(super) fn hold(&self) {
+        let mut pool = lock(&self.pool);
+        if pool.held.is_none() {
+            pool.held = Some(pool.scan);
+            pool.scan = pool.scan_end;
+            pool.crowded = None;
+        }
+    }
+
+    /// Uses the holes again.
+    pub(super) fn let_go(&self) {
+        let mut pool = lock(&self.pool);
+        if let Some(scan) = pool.held.take() {
+            pool.scan = scan;
+            pool.crowded = None;
+        }
+    }
+
+    /// Whether the holes are left alone.
+    pub(super) fn is_held(&self) -> bool {
+        lock(&self.pool).held.is_some()
+    }
+
+    /// Keeps a search for holes away from clusters that are in use and not counted yet. A file
+    /// grows meanwhile; on a block device the search begins behind them.
+    pub(super) fn spare(&self, clusters: &BTreeSet<u64>) {
+        let mut pool = lock(&self.pool);
+        if let Some(last) = clusters.last().filter(|_| self.fresh_from.is_none()) {
+            let scan = pool.held.take().unwrap_or(pool.scan);
+            pool.scan = scan.max(last + 1);
+        }
     }
 
     fn take_reserved(&self, want: u64) -> Option<Allocation> {
@@ -121,12 +158,24 @@ impl Allocator {
         Some(Run::new(first, taken))
     }
 
+    /// As `take_free`, exactly `count` clusters.
+    fn take_free_together(&self, count: u64) -> Option<Run> {
+        let mut pool = lock(&self.pool);
+        let (&first, &length) = pool.free.iter().find(|(_, length)| **length >= count)?;
+        pool.free.remove(&first);
+        if count < length {
+            pool.free.insert(first + count, length - count);
+        }
+        Some(Run::new(first, count))
+    }
+
     /// Adds clusters whose refcount is zero; the caller keeps others from looking for clusters
     /// meanwhile. Those that the search for holes, or the end of the file, will come to anyway are
     /// left to it: nothing may be found twice.
     fn put_free(&self, run: Run) {
         let mut pool = lock(&self.pool);
-        let searched = pool.scan..pool.scan.max(pool.scan_end);
+        let scan = pool.held.unwrap_or(pool.scan);
+        let searched = scan..scan.max(pool.scan_end);
         let before = run.first.0..run.end().min(searched.start);
         let after = run.first.0.max(searched.end)..run.end().min(self.frontier());
         if run.first.0 < searched.end && searched.start < run.end() {
@@ -137,9 +186,20 @@ impl Allocator {
         }
     }
 
+    /// Whether there is always room behind the end: in a file, not on a block device.
+    fn grows(&self) -> bool {
+        self.fresh_from.is_some()
+    }
+
     fn is_fresh(&self, run: Run) -> bool {
         self.fresh_from.is_some_and(|from| run.first.0 >= from)
     }
+}
+
+fn full() -> Error {
+    const ENOSPC: i32 = 28;
+    let error = std::io::Error::from_raw_os_error(ENOSPC);
+    Error::io("allocating on a block device that is in use up to its end", error)
 }
 
 impl Qcow2 {
@@ -175,6 +235,9 @@ impl Qcow2 {
             if let Some(run) = found {
                 return self.count(st, run, false).await;
             }
+        }
+        if !self.allocator.grows() {
+            return Err(full());
         }
         let run = self.advance_frontier(st, want).await?;
         self.count(st, run, self.allocator.is_fresh(run)).await
@@ -242,10 +305,10 @@ impl Qcow2 {
         Ok(())
     }
 
-    /// Makes the refcount block `index`, at the end of the file, and first the one that counts it
-    /// if that is another one that is missing.
+    /// Makes the refcount block `index`, and first the one that counts it if that is another one
+    /// that is missing.
     async fn make_block(&self, st: &dyn Storage, index: usize) -> Result<()> {
-        let run = self.advance_frontier(st, 1).await?;
+        let run = self.take_together(st, 1).await?;
         if self.refcounts.block_index(run.first) != index {
             if let Err(error) = Box::pin(self.cover(st, run)).await {
                 self.allocator.put_free(run);
@@ -284,7 +347,7 @@ impl Qcow2 {
                        convert the image to larger clusters";
             return Err(Error::unsupported("growing the refcount table", why));
         }
-        let run = self.contiguous_at_frontier(st, clusters).await?;
+        let run = self.take_together(st, clusters).await?;
         let at = self.geometry.host_start(run.first);
         // Without room for it now, one request fails. Later, a flush would.
         let room = self.zero_metadata(st, Purpose::TableRoom, at, clusters * cluster).await;
@@ -319,9 +382,10 @@ impl Qcow2 {
     /// was there when the image was opened, else the end of the file.
     pub(super) async fn allocate_together(&self, st: &dyn Storage, count: u64) -> Result<Run> {
         let _turn = self.refill.claim(0..1).await;
-        let run = match self.hole(st, count).await? {
+        let hole = if self.allocator.grows() { self.hole(st, count).await? } else { None };
+        let run = match hole {
             Some(run) => run,
-            None => self.contiguous_at_frontier(st, count).await?,
+            None => self.take_together(st, count).await?,
         };
         Ok(self.count(st, run, false).await?.run)
     }
@@ -345,12 +409,40 @@ impl Qcow2 {
         Ok(hole)
     }
 
-    /// `count` neighbouring free clusters at the end of the file.
-    async fn contiguous_at_frontier(&self, st: &dyn Storage, count: u64) -> Result<Run> {
+    /// Takes `count` neighbouring clusters with refcount zero: from the end of a file; on a block
+    /// device, which does not grow, from what is free there. Whoever looks for clusters before
+    /// these are counted finds others.
+    async fn take_together(&self, st: &dyn Storage, count: u64) -> Result<Run> {
+        if !self.allocator.grows() {
+            return self.take_from_device(st, count).await;
+        }
         loop {
             let run = self.advance_frontier(st, count).await?;
             if run.count == count {
                 return Ok(run);
+            }
+        }
+    }
+
+    async fn take_from_device(&self, st: &dyn Storage, count: u64) -> Result<Run> {
+        if let Some(run) = self.allocator.take_free_together(count) {
+            return Ok(run);
+        }
+        loop {
+            let (scan, end) = {
+                let pool = lock(&self.allocator.pool);
+                (pool.scan, pool.scan_end)
+            };
+            if scan >= end {
+                return Err(full());
+            }
+            let (found, next) = self.refcounts.find_free(st, scan, end, count, SCAN_SLICES).await?;
+            lock(&self.allocator.pool).scan = next;
+            match found {
+                Some(run) if run.count == count => return Ok(run),
+                // Too few for this, and not for others.
+                Some(run) => self.allocator.put_free(run),
+                None => {}
             }
         }
     }

@@ -1,8 +1,13 @@
 //! Tables that grow: refcount tables of several clusters, counts of the tables themselves, and L1
 //! tables whose last cluster is only partly used.
 
-use common::images::IMAGE;
+use common::check::check;
+use common::images::{IMAGE, Kind, Layout};
 use common::qemu::{Dir, Verdict};
+use common::workers::open;
+use vhost_user_qcow2::bytes::GuestOffset;
+use vhost_user_qcow2::storage::mem::MemDisk;
+use vhost_user_qcow2::storage::{Buf, FileId, Limits, block_on};
 
 use crate::stage::Act::{Discard, Unmap, Write};
 use crate::stage::{Act, KIB, MIB, Stage, index};
@@ -159,4 +164,44 @@ fn an_l1_table_that_qemu_has_moved() {
     stage.bytes.resize(index(9 * MIB), 0);
     stage.ours(&[Write(2 * MIB - KIB, 4 * MIB, 2), Write(9 * MIB - 512, 512, 3)]);
     stage.judge();
+}
+
+#[test]
+fn on_a_block_device_refcount_tables_take_room_inside_it() {
+    // Blocks for 32 KiB of the device each, and a table that has to grow behind 2 MiB.
+    let made = Layout::new(9, 6000, Kind::Empty).with_refcount_bits(64).make(1);
+    for room in [4 << 20, 1 << 20] {
+        let mut bytes = made.disk().content(FileId(0));
+        bytes.resize(room, 0);
+        let disk = MemDisk::new();
+        let file = disk.add(IMAGE, bytes);
+        disk.set_limits(file, Limits { grows: false, ..Limits::default() });
+        let engine = disk.engine(0, 1);
+        let image = open(&engine, &disk, false).expect("opening");
+        let piece = Buf::copy_of(&[7; 40 * 512]);
+        let write = |at: u64| {
+            let write = image.write(&engine, GuestOffset(at * 512), piece.clone());
+            block_on(&engine, write)
+        };
+        let full = (0..6000).step_by(40).find_map(|at| write(at).err().map(|error| (at, error)));
+        assert_eq!(full.is_some(), room == 1 << 20);
+        if let Some((at, error)) = full {
+            assert!(at > 1500, "the device is full behind {at} sectors");
+            assert!(error.to_string().contains("in use up to its end"), "{error}");
+            // What is given back can be used at once.
+            block_on(&engine, image.discard(&engine, GuestOffset(0), 200 * 512)).expect("discard");
+            block_on(&engine, image.flush(&engine)).expect("flush");
+            write(at).expect("there is room again");
+        }
+        block_on(&engine, image.close(&engine)).expect("closing");
+        assert_eq!(disk.content(file).len(), room, "the device has grown");
+        let report = disk.look(IMAGE, check).expect("the image");
+        assert!(report.is_clean(), "{report:?}");
+        drop(image);
+        let image = open(&engine, &disk, false).expect("opening again");
+        let read = Buf::zeroed(40 * 512);
+        let last = GuestOffset(if room == 1 << 20 { 240 } else { 5960 } * 512);
+        block_on(&engine, image.read(&engine, last, read.clone())).expect("reading");
+        assert_eq!(read.to_vec(), piece.to_vec());
+    }
 }
