@@ -20,8 +20,9 @@ use vhost_user_qcow2::error::Result;
 use vhost_user_qcow2::exec::TaskSet;
 use vhost_user_qcow2::image::Image;
 use vhost_user_qcow2::qcow2::journal::{JOURNAL_WORDS, SharedWords};
+use vhost_user_qcow2::storage::fault::{Fault, Faults, Rule};
 use vhost_user_qcow2::storage::mem::{MemDisk, MemEngine};
-use vhost_user_qcow2::storage::{Buf, Engine, block_on};
+use vhost_user_qcow2::storage::{Buf, Engine, FileId, Limits, Purpose, block_on};
 
 /// Memory that outlives the simulated process.
 #[derive(Debug)]
@@ -296,6 +297,83 @@ fn a_journal_is_refused_when_somebody_has_changed_the_image() {
     let error = attached.expect_err("it was changed").to_string();
     assert!(error.contains(IMAGE) && error.contains("has changed since"), "{error}");
     assert!(host.disk.files() == before, "something was changed");
+}
+
+/// What was answered is there, on a disk that may have grown.
+fn assert_all_there(host: &Host, image: &Image) {
+    let engine = host.disk.engine(0, 5);
+    let bytes = read_all(&engine, image).expect("reading");
+    let checked = host.sectors.check_read(0, &bytes[..192 * 512], host.sectors.now());
+    checked.unwrap_or_else(|what| panic!("after the takeover: {what}"));
+    block_on(&engine, image.close(&engine)).expect("closing");
+    let report = host.disk.look(IMAGE, check).expect("the image");
+    assert!(report.is_clean(), "{report:?}");
+}
+
+#[test]
+fn a_resize_before_the_guest_is_back_spares_what_it_was_told_is_written() {
+    let made = Layout::new(9, 192, Kind::Empty).make(0);
+    let host = left_behind(&made);
+    let engine = host.disk.engine(0, 2);
+    let mut image = open(&engine, &host.disk, false).expect("opening");
+    image.expect_predecessor();
+    let smaller = block_on(&engine, image.resize(&engine, 4096, true));
+    let error = smaller.expect_err("it would cut the file").to_string();
+    assert!(error.contains("a guest may come back"), "{error}");
+    // The L1 table needs more clusters than it has.
+    block_on(&engine, image.resize(&engine, 8 << 20, false)).expect("growing");
+    let words: Arc<Words> = host.words.copy();
+    let attached = block_on(&engine, image.attach_journal(&engine, words));
+    assert!(attached.expect("what looked free was spared") > 0);
+    image.expect_nobody();
+    block_on(&engine, image.resize(&engine, 4 << 20, true)).expect("shrinking");
+    assert_all_there(&host, &image);
+}
+
+#[test]
+fn a_takeover_that_fails_half_way_is_not_called_a_change_by_somebody_else() {
+    let made = Layout::new(9, 192, Kind::Empty).make(0);
+    let host = left_behind(&made);
+    let faults = Faults::new();
+    let engine = Fault::new(host.disk.engine(0, 2), faults.clone());
+    let image = open(&engine, &host.disk, false).expect("opening");
+    faults.add(Rule { purpose: Some(Purpose::L2Init), ..Rule::fail(1, 5) });
+    let attach = |image: &Image| {
+        let words: Arc<Words> = host.words.copy();
+        block_on(&engine, image.attach_journal(&engine, words))
+    };
+    attach(&image).expect_err("a table cannot be written");
+    faults.clear();
+    let again = attach(&image).expect_err("half of it was done").to_string();
+    assert!(!again.contains("has changed since"), "{again}");
+    let write = image.write(&engine, GuestOffset(0), Buf::copy_of(&[9; 512]));
+    block_on(&engine, write).expect_err("what is not counted looks free");
+    drop(image);
+    let image = open(&engine, &host.disk, false).expect("opening again");
+    assert!(attach(&image).expect("nothing is in the way") > 0);
+    assert_all_there(&host, &image);
+}
+
+#[test]
+fn a_block_device_has_room_for_tables_beside_what_is_made_again() {
+    let made = Layout::new(9, 192, Kind::Empty).make(0);
+    let host = left_behind(&made);
+    let (room, file) = (64 << 10, FileId(0));
+    let length = host.disk.content(file).len();
+    let disk = MemDisk::new();
+    let mut bytes = host.disk.content(file);
+    bytes.resize(length + room, 0);
+    assert_eq!(disk.add(IMAGE, bytes), file);
+    disk.set_limits(file, Limits { grows: false, ..Limits::default() });
+    let host = Host { disk, ..host };
+    let engine = host.disk.engine(0, 2);
+    let image = open(&engine, &host.disk, false).expect("opening");
+    image.expect_predecessor();
+    let words: Arc<Words> = host.words.copy();
+    let attached = block_on(&engine, image.attach_journal(&engine, words));
+    assert!(attached.expect("there is room") > 0);
+    image.expect_nobody();
+    assert_all_there(&host, &image);
 }
 
 #[test]

@@ -104,7 +104,9 @@ fn open(
         }
         create(arguments, path, size)?;
     }
-    block_on(engine, Image::open(engine, source, path, &arguments.open_options()))
+    let image = block_on(engine, Image::open(engine, source, path, &arguments.open_options()))?;
+    image.expect_predecessor();
+    Ok(image)
 }
 
 /// Makes an image. The table of files goes with the end of this, and with it the file's locks,

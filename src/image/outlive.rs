@@ -39,6 +39,22 @@ impl Image {
         }
     }
 
+    /// Says that a guest may come whose former daemon has died: where that one has put what it had
+    /// answered and not flushed looks free until [`Image::attach_journal`], and is spared until
+    /// [`Image::expect_nobody`]. Nothing was written yet.
+    pub fn expect_predecessor(&self) {
+        if let Layer::Qcow2(image) = self.chain.top() {
+            image.expect_predecessor();
+        }
+    }
+
+    /// Says that the disk was taken over, or that there was nothing to take over.
+    pub fn expect_nobody(&self) {
+        if let Layer::Qcow2(image) = self.chain.top() {
+            image.expect_nobody();
+        }
+    }
+
     /// Flushes, forgets what is noted in the words that were attached, and notes nothing more
     /// there. No request is under way.
     ///

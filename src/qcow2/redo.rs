@@ -138,6 +138,16 @@ impl Qcow2 {
         self.mark_dirty(self.data);
     }
 
+    /// Says that clusters which look free may be in use, until [`Qcow2::expect_nobody`].
+    pub(crate) fn expect_predecessor(&self) {
+        self.allocator.hold();
+    }
+
+    /// Says that what looks free is.
+    pub(crate) fn expect_nobody(&self) {
+        self.allocator.let_go();
+    }
+
     /// Flushes, empties the journal and notes nothing any more. No request is under way.
     ///
     /// # Errors
@@ -158,6 +168,14 @@ impl Qcow2 {
             return Err(contradiction("another guest has written to it"));
         }
         let plan = self.plan_redo(st, changes).await?;
+        let done = self.carry_out(st, plan).await;
+        // Some clusters are counted and some are not. Nobody may allocate those, and whoever tries
+        // again is to hear what the matter is.
+        done.inspect_err(|error| self.poison(error))
+    }
+
+    async fn carry_out(&self, st: &dyn Storage, plan: Plan) -> Result<usize> {
+        self.allocator.spare(&plan.links);
         self.start_writing(st).await?;
         for cluster in plan.uncounted {
             self.count_found(st, Run::new(cluster, 1)).await?;

@@ -94,6 +94,13 @@ impl Qcow2 {
                  that it may (--shrink) once the guest uses no more than that"
             ));
         }
+        if self.allocator.is_held() && (size < old || !st.limits(self.file).grows) {
+            return refuse(
+                "a guest may come back whose last writes are noted in its memory and would be \
+                 lost; resize when it is served, or with no daemon on the image"
+                    .to_owned(),
+            );
+        }
         if self.has_bitmaps() {
             return refuse(
                 "the image has bitmaps of changed clusters, which would have the wrong size; \

@@ -230,14 +230,18 @@ impl Session {
     /// When what a predecessor has left contradicts the image, or cannot be made good.
     pub(super) fn take_over(&mut self) -> Result<&mut Pool> {
         let pool = self.pool.as_mut().expect("the caller has hired them");
-        let Some(region) = &self.inflight else { return Ok(pool) };
         match self.journal {
             JournalState::Attached => return Ok(pool),
             JournalState::Refused => return Err(refused("its journal was refused")),
             JournalState::Untouched => {}
         }
+        let device = Arc::clone(pool.device());
+        device.image().distrust_syncs();
+        let Some(region) = &self.inflight else {
+            device.image().expect_nobody();
+            return Ok(pool);
+        };
         self.journal = JournalState::Refused;
-        pool.device().image().distrust_syncs();
         if let Some(words) = region.journal.clone() {
             let changes = pool.attach(words)?;
             if changes > 0 {
@@ -245,6 +249,7 @@ impl Session {
             }
         }
         self.journal = JournalState::Attached;
+        device.image().expect_nobody();
         Ok(pool)
     }
 

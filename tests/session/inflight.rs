@@ -8,7 +8,7 @@ use std::os::unix::fs::FileExt;
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 use super::MOMENT;
-use super::driver::{IN, OUT};
+use super::driver::{FLUSH, IN, OUT};
 use super::front_end::{FrontEnd, features, request as R};
 use super::guest::{DATA, Guest};
 use super::server::{Options, Server};
@@ -86,6 +86,21 @@ fn ready(server: &Server, guest: &Guest) -> FrontEnd {
     front_end.tell(R::SET_FEATURES, &features().to_ne_bytes());
     front_end.add_memory(guest);
     front_end
+}
+
+#[test]
+fn the_first_flush_syncs_what_a_predecessor_may_have_written() {
+    let server = Server::start(Options { qcow2: true, ..Options::default() });
+    // Without a region nobody can tell that there was one.
+    let (_front_end, mut guest) = server.attached(1);
+    for syncs in [1, 0] {
+        let before = server.syncs();
+        guest.send(0, FLUSH, 0, &[]);
+        guest.kick(0);
+        assert_eq!(guest.poll(0), [0]);
+        assert_eq!(server.syncs() - before, syncs);
+    }
+    server.end();
 }
 
 #[test]

@@ -10,7 +10,8 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use vhost_user_qcow2::blk::{Device, Settings};
-use vhost_user_qcow2::image::{Format, Image, OpenOptions};
+use vhost_user_qcow2::image::{self, Format, Image, OpenOptions};
+use vhost_user_qcow2::qcow2::create::CreateOptions;
 use vhost_user_qcow2::storage::files::{Files, Options as FileOptions};
 use vhost_user_qcow2::storage::host::{Aio, engine};
 use vhost_user_qcow2::storage::{
@@ -33,6 +34,8 @@ pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
 pub(crate) struct Options {
     pub(crate) queues: u16,
     pub(crate) threads: usize,
+    /// A new qcow2 image instead of a raw one.
+    pub(crate) qcow2: bool,
     /// Around the page cache, where the file system can.
     pub(crate) direct: bool,
     pub(crate) terms: Terms,
@@ -40,7 +43,7 @@ pub(crate) struct Options {
 
 impl Default for Options {
     fn default() -> Self {
-        Self { queues: 64, threads: 2, direct: false, terms: Terms::default() }
+        Self { queues: 64, threads: 2, direct: false, qcow2: false, terms: Terms::default() }
     }
 }
 
@@ -240,7 +243,16 @@ fn serve(
     let choice = FileOptions { direct: options.direct, prompt: false, ..FileOptions::default() };
     let files = Files::new(choice);
     let control = engine(Aio::Threads, &files, 0).expect("an engine");
-    let open = OpenOptions { format: Some(Format::Raw), ..OpenOptions::default() };
+    let format = if options.qcow2 { Format::Qcow2 } else { Format::Raw };
+    let path = if options.qcow2 { path.with_extension("qcow2") } else { path };
+    if options.qcow2 {
+        let layout = CreateOptions::new(Server::DISK);
+        let files = Files::new(choice);
+        let control = engine(Aio::Threads, &files, 0).expect("an engine");
+        let made = image::create(&*control, &*files, &path, &layout);
+        block_on(&*control, made).expect("a new image");
+    }
+    let open = OpenOptions { format: Some(format), ..OpenOptions::default() };
     let image = block_on(&*control, Image::open(&*control, &*files, &path, &open));
     let settings = Settings { queues: options.queues, ..Settings::default() };
     let device = Arc::new(Device::new(Arc::new(image.expect("the image")), settings));
