@@ -193,6 +193,10 @@ impl Ring {
             (own, log) => {
                 debug_assert!(log.is_none() || self.completions.under_way() == 0);
                 *own = log.map(|log| RingLog::new(log, used, self.queue.size()));
+                // A predecessor may have died between its last entries and their marks.
+                if let Some(own) = own.as_ref().filter(|_| self.inflight.is_some()) {
+                    own.mark_used(0, usize::from(self.queue.size()));
+                }
             }
         }
         // The ring may have been quietened just before.

@@ -4,8 +4,6 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use vhost_user_qcow2::blk::limit::Limiter;
-use vhost_user_qcow2::worker::inflight::{Record, stride};
-use vm_memory::{Bytes, MmapRegion, VolatileMemory};
 
 use super::bench::{Bench, DATA, HEADER, Options, STATUS, bench};
 use super::driver::{FLUSH, IN, Piece, header};
@@ -106,19 +104,6 @@ fn a_throttled_ring_stops_at_once_and_goes_on_where_it_was() {
     assert_eq!(bench.driver.used().len(), 4);
 }
 
-/// The record of a ring whose process has died with its first `count` chains under way.
-fn left(count: usize, entries: u16) -> Record {
-    let memory = MmapRegion::new(stride(entries)).expect("memory");
-    let bytes = memory.as_volatile_slice();
-    let header = [1, entries, 0, 0].map(u16::to_ne_bytes).concat();
-    bytes.write_slice(&header, 8).expect("the header");
-    for head in 0..count {
-        bytes.write_slice(&[1], 16 + head * 16).expect("a mark");
-        bytes.write_slice(&(head as u64).to_ne_bytes(), 24 + head * 16).expect("a counter");
-    }
-    Record::new(Arc::new(memory), 0, entries).expect("it lies inside")
-}
-
 #[test]
 fn chains_that_a_predecessor_had_taken_wait_for_tokens_like_others() {
     let (options, _, time) = limited("ops_size=1,ops_refill_time=10");
@@ -131,7 +116,7 @@ fn chains_that_a_predecessor_had_taken_wait_for_tokens_like_others() {
         assert_eq!(bench.driver.send_indirect(super::TABLE, &READ), head);
     }
     let state = bench.driver.state(false);
-    let inflight = Some(left(3, state.size));
+    let inflight = Some(super::rings::left(3, state.size));
     let setup = RingSetup { inflight, ..super::rings::setup(state) };
     bench.worker.start(0, setup).expect("it is served");
     // Nothing but what is taken again is there to wait for.

@@ -6,11 +6,12 @@ use std::sync::Arc;
 
 use common::seeds::{Repeat, seeds};
 use vhost_user_qcow2::worker::dirty::{DirtyLog, Logging};
+use vhost_user_qcow2::worker::queue::RingSetup;
 use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap, MmapRegion};
 
 use super::bench::{BORDER, Bench, DATA, HEADER, Options, RINGS, STATUS, TABLE, bench};
-use super::driver::{IN, header};
-use super::rings::scribble;
+use super::driver::{Driver, IN, header};
+use super::rings::{left, scribble, setup};
 
 const PAGE: usize = 4096;
 /// Bytes of guest memory that have a bit in the log: all of it but what lies far up.
@@ -70,6 +71,26 @@ fn a_worker_has_a_log_only_while_it_is_told_to() {
     }
     let marked = log.marks().into_iter().filter(|mark| *mark).count();
     assert_eq!(marked, 3, "data, status byte, and the used ring");
+}
+
+#[test]
+fn what_a_predecessor_put_on_the_used_ring_and_did_not_mark_is_marked() {
+    const ENTRIES: u16 = 1024;
+    let mut bench = bench(Options::default());
+    let driver = Driver::new(&bench.memory, RINGS + 0x4_0000, ENTRIES);
+    let (state, used) = (driver.state(false), driver.used_ring());
+    let log = Log::new();
+    bench.worker.set_logging(Some(log.logging()));
+    for (inflight, pages) in [(None, 2), (Some(left(0, ENTRIES)), 3)] {
+        bench.worker.start(1, RingSetup { inflight, ..setup(state) }).expect("it is served");
+        bench.worker.turn();
+        let first = usize::try_from(used).expect("low memory") / PAGE;
+        let marked = (first..first + 3).filter(|page| log.marks()[*page]).count();
+        assert_eq!(marked, pages, "pages of the used ring");
+        bench.worker.stop(1);
+        bench.worker.turn();
+        drop(bench.worker.take_stopped().expect("nothing is under way"));
+    }
 }
 
 #[test]

@@ -12,10 +12,11 @@ use vhost_user_qcow2::image::Image;
 use vhost_user_qcow2::raw::Raw;
 use vhost_user_qcow2::storage::mem::{MemDisk, MemEngine};
 use vhost_user_qcow2::storage::{Engine, FileId, Lane, Limits, Op, Pending, Purpose, Storage};
+use vhost_user_qcow2::worker::inflight::{Record, stride};
 use vhost_user_qcow2::worker::queue::RingSetup;
 use vhost_user_qcow2::worker::{GuestMemory, worker};
 use virtio_queue::QueueState;
-use vm_memory::{GuestAddress, GuestMemoryMmap};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap, MmapRegion, VolatileMemory};
 use vmm_sys_util::event::EventNotifier;
 
 use super::bench::{
@@ -104,6 +105,19 @@ fn kicks_are_asked_for_only_before_sleeping_and_a_late_chain_is_not_missed() {
 /// A ring that is polled and has no descriptors.
 pub(crate) fn setup(state: QueueState) -> RingSetup {
     RingSetup { state, kick: None, call: None, error: None, has_flush: true, inflight: None }
+}
+
+/// The record of a ring whose process has died with its first `count` chains under way.
+pub(crate) fn left(count: usize, entries: u16) -> Record {
+    let memory = MmapRegion::new(stride(entries)).expect("memory");
+    let bytes = memory.as_volatile_slice();
+    let header = [1, entries, 0, 0].map(u16::to_ne_bytes).concat();
+    bytes.write_slice(&header, 8).expect("the header");
+    for head in 0..count {
+        bytes.write_slice(&[1], 16 + head * 16).expect("a mark");
+        bytes.write_slice(&(head as u64).to_ne_bytes(), 24 + head * 16).expect("a counter");
+    }
+    Record::new(Arc::new(memory), 0, entries).expect("it lies inside")
 }
 
 /// A second ring on the same worker.
