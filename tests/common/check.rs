@@ -75,10 +75,12 @@ fn be32(bytes: &[u8], at: u64) -> Option<u64> {
     Some(u64::from(u32::from_be_bytes(bytes.get(at..at.checked_add(4)?)?.try_into().ok()?)))
 }
 
-/// A word of a table; what lies behind the end of the file reads as zeros.
+/// A word of a table; bytes behind the end of the file are zeros.
 fn be64(bytes: &[u8], at: u64) -> u64 {
-    let word = usize::try_from(at).ok().and_then(|at| bytes.get(at..at.checked_add(8)?));
-    word.map_or(0, |word| u64::from_be_bytes(word.try_into().expect("eight bytes")))
+    let rest = usize::try_from(at).ok().and_then(|at| bytes.get(at..)).unwrap_or_default();
+    let mut word = [0; 8];
+    word.iter_mut().zip(rest).for_each(|(byte, found)| *byte = *found);
+    u64::from_be_bytes(word)
 }
 
 /// Checks the image whose file holds `bytes`.

@@ -101,3 +101,9 @@ fn the_verdict_on_damaged_images_is_that_of_qemu_img() {
     }
     println!("clean, leaks, corrupt: {verdicts:?}");
 }
+
+#[test]
+fn a_word_that_the_end_of_the_file_cuts_in_two_is_half_there() {
+    assert_eq!(be64(&[1, 2, 3, 4], 0), 0x0102_0304_0000_0000);
+    assert_eq!((be64(&[1, 2, 3, 4], 3), be64(&[1, 2, 3, 4], 4)), (4 << 56, 0));
+}
