@@ -26,7 +26,7 @@ use std::task::{Poll, Waker};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::ops::{OpTable, Pending};
-use super::{Buf, Engine, FileId, Lane, Limits, Op, Purpose, Storage, sys};
+use super::{Buf, Engine, FileId, HostRun, Lane, Limits, Op, Purpose, Storage, sys};
 use crate::bytes::{HostOffset, round_down, round_up};
 use crate::exec::{Ready, TaskSet};
 use crate::sync::{Arc, AtomicBool, Mutex, Ordering, lock};
@@ -247,6 +247,14 @@ impl<E: Engine + 'static> Storage for Bounce<E> {
 
     fn length(&self, file: FileId) -> io::Result<u64> {
         self.steps.inner.length(file)
+    }
+
+    fn allocated(&self, file: FileId) -> io::Result<u64> {
+        self.steps.inner.allocated(file)
+    }
+
+    fn host_run(&self, file: FileId, at: HostOffset) -> io::Result<HostRun> {
+        self.steps.inner.host_run(file, at)
     }
 
     fn submit(&self, file: FileId, why: Purpose, op: Op) -> Pending {

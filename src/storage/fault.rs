@@ -15,7 +15,8 @@ use std::rc::Rc;
 use std::task::{Context, Poll, Waker};
 
 use super::ops::{OpTable, Pending};
-use super::{Engine, FileId, Lane, Limits, Op, Purpose, Storage};
+use super::{Engine, FileId, HostRun, Lane, Limits, Op, Purpose, Storage};
+use crate::bytes::HostOffset;
 
 /// What becomes of an operation that a rule names.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -208,6 +209,14 @@ impl<E: Engine> Storage for Fault<E> {
 
     fn length(&self, file: FileId) -> io::Result<u64> {
         self.inner.length(file)
+    }
+
+    fn allocated(&self, file: FileId) -> io::Result<u64> {
+        self.inner.allocated(file)
+    }
+
+    fn host_run(&self, file: FileId, at: HostOffset) -> io::Result<HostRun> {
+        self.inner.host_run(file, at)
     }
 
     fn submit(&self, file: FileId, why: Purpose, op: Op) -> Pending {

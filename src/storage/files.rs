@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 use super::bounce::BlockLocks;
 use super::stall::Outage;
 use super::threads::Pool;
-use super::{FileId, FileSource, Limits, OpenMode, Opened, lock, sys};
+use super::{FileId, FileSource, HostRun, Limits, OpenMode, Opened, lock, sys};
 use crate::error::{Error, Result};
 use crate::sync::{Arc, AtomicU32, AtomicU64, Ordering, RwLock};
 
@@ -123,6 +123,31 @@ impl OpenFile {
             Ok(self.file.metadata()?.len())
         }
     }
+
+    /// The host's space in bytes that it takes.
+    fn allocated(&self) -> io::Result<u64> {
+        /// The unit of `st_blocks`, whatever the file system's own blocks are.
+        const UNIT: u64 = 512;
+        Ok(self.file.metadata()?.blocks().saturating_mul(UNIT))
+    }
+
+    /// What the file system says of the bytes from `at` on.
+    fn host_run(&self, at: u64) -> io::Result<HostRun> {
+        let length = self.length()?;
+        if at >= length {
+            return Ok(HostRun::BEYOND);
+        }
+        // A file system that knows nothing of holes has only data.
+        let data = sys::seek_run(&self.file, at, false).unwrap_or(Some(at));
+        match data {
+            None => Ok(HostRun::BEYOND),
+            Some(data) if data > at => Ok(HostRun { data: false, len: data - at }),
+            Some(_) => {
+                let hole = sys::seek_run(&self.file, at, true).ok().flatten().unwrap_or(length);
+                Ok(HostRun { data: true, len: hole.max(at + 1) - at })
+            }
+        }
+    }
 }
 
 impl Files {
@@ -142,7 +167,7 @@ impl Files {
         &self.outage
     }
 
-    /// What a file is called in the log.
+    /// What a file is called: the path it was opened by.
     pub fn name(&self, id: FileId) -> String {
         let table = self.table.read().unwrap_or_else(std::sync::PoisonError::into_inner);
         let open = usize::try_from(id.0).ok().and_then(|index| table.get(index));
@@ -308,6 +333,16 @@ impl Seen {
     /// A file's length in bytes, asked of the host.
     pub(super) fn length(&self, id: FileId) -> io::Result<u64> {
         self.get(id).length()
+    }
+
+    /// The host's space in bytes that a file takes.
+    pub(super) fn allocated(&self, id: FileId) -> io::Result<u64> {
+        self.get(id).allocated()
+    }
+
+    /// What the file system says of a file's bytes from `at` on.
+    pub(super) fn host_run(&self, id: FileId, at: u64) -> io::Result<HostRun> {
+        self.get(id).host_run(at)
     }
 
     /// Whether syncs do anything.

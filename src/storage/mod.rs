@@ -192,6 +192,28 @@ impl Default for Limits {
     }
 }
 
+/// A run of bytes of a file that are all data or all a hole.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct HostRun {
+    /// Whether there is data; a hole reads as zeros, and so does what lies past the end.
+    pub data: bool,
+    /// Length in bytes; not zero. Past the end of the file it is as large as can be.
+    pub len: u64,
+}
+
+impl HostRun {
+    /// A hole without an end.
+    pub const BEYOND: Self = Self { data: false, len: u64::MAX };
+
+    /// The answer where nothing is known but the file's `length`.
+    pub fn of_data(at: HostOffset, length: u64) -> Self {
+        match length.saturating_sub(at.0) {
+            0 => Self::BEYOND,
+            len => Self { data: true, len },
+        }
+    }
+}
+
 /// One worker's way to the open files. Belongs to one thread.
 pub trait Storage {
     /// What can be done with `file`.
@@ -203,6 +225,24 @@ pub trait Storage {
     /// # Errors
     /// What the host answered.
     fn length(&self, file: FileId) -> io::Result<u64>;
+
+    /// The host's space in bytes that `file` takes, where that is known; else its length. As
+    /// [`Storage::length`], only for looking at an image as a whole.
+    ///
+    /// # Errors
+    /// What the host answered.
+    fn allocated(&self, file: FileId) -> io::Result<u64> {
+        self.length(file)
+    }
+
+    /// What the host knows of the bytes of `file` from `at` on without reading them. Where it
+    /// knows nothing, all of the file is data. May block for a moment, as [`Storage::length`].
+    ///
+    /// # Errors
+    /// What the host answered.
+    fn host_run(&self, file: FileId, at: HostOffset) -> io::Result<HostRun> {
+        Ok(HostRun::of_data(at, self.length(file)?))
+    }
 
     /// Starts an operation and never blocks. The operation goes on if the answer is dropped.
     fn submit(&self, file: FileId, why: Purpose, op: Op) -> Pending;

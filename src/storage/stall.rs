@@ -31,7 +31,8 @@ use std::time::{Duration, Instant};
 use vmm_sys_util::timerfd::TimerFd;
 
 use super::ops::Pending;
-use super::{Engine, FileId, Lane, Limits, Op, Purpose, Storage, sys};
+use super::{Engine, FileId, HostRun, Lane, Limits, Op, Purpose, Storage, sys};
+use crate::bytes::HostOffset;
 use crate::sync::{Arc, AtomicBool, Mutex, Ordering, lock};
 
 /// How long a parked operation rests before it is tried again.
@@ -332,6 +333,14 @@ impl Storage for Stall {
 
     fn length(&self, file: FileId) -> io::Result<u64> {
         self.inner.length(file)
+    }
+
+    fn allocated(&self, file: FileId) -> io::Result<u64> {
+        self.inner.allocated(file)
+    }
+
+    fn host_run(&self, file: FileId, at: HostOffset) -> io::Result<HostRun> {
+        self.inner.host_run(file, at)
     }
 
     fn submit(&self, file: FileId, why: Purpose, op: Op) -> Pending {

@@ -102,6 +102,24 @@ pub(super) fn fallocate(file: &File, mode: libc::c_int, at: u64, len: u64) -> io
     check(unsafe { libc::fallocate(file.as_raw_fd(), mode, signed(at)?, signed(len)?) }).map(drop)
 }
 
+/// The first byte from `at` on that is data, or with `hole` that is in a hole; `None` when there is
+/// none. The end of a file counts as a hole.
+///
+/// # Errors
+/// What the kernel answered.
+pub(super) fn seek_run(file: &File, at: u64, hole: bool) -> io::Result<Option<u64>> {
+    let whence = if hole { libc::SEEK_HOLE } else { libc::SEEK_DATA };
+    // SAFETY: only integers are passed; nobody uses the descriptor's own position.
+    let found = unsafe { libc::lseek(file.as_raw_fd(), signed(at)?, whence) };
+    match u64::try_from(found) {
+        Ok(found) => Ok(Some(found)),
+        Err(_) => match io::Error::last_os_error() {
+            error if error.raw_os_error() == Some(libc::ENXIO) => Ok(None),
+            error => Err(error),
+        },
+    }
+}
+
 /// Discards `len` bytes from `at` on of a block device; both must be multiples of 512.
 ///
 /// # Errors

@@ -20,7 +20,8 @@ use super::files::{Files, OpenFile, Seen};
 use super::ops::{OpTable, Pending};
 use super::plan::{Call, Plan, Step};
 use super::prompt::Prompt;
-use super::{Engine, FileId, Lane, Limits, Op, Purpose, Storage, sys};
+use super::{Engine, FileId, HostRun, Lane, Limits, Op, Purpose, Storage, sys};
+use crate::bytes::HostOffset;
 use crate::sync::{Arc, Mutex, lock};
 
 /// The most threads of a pool. They sleep in the kernel, so more of them than processors is right;
@@ -264,6 +265,14 @@ impl Storage for Threads {
 
     fn length(&self, file: FileId) -> io::Result<u64> {
         self.seen.length(file)
+    }
+
+    fn allocated(&self, file: FileId) -> io::Result<u64> {
+        self.seen.allocated(file)
+    }
+
+    fn host_run(&self, file: FileId, at: HostOffset) -> io::Result<HostRun> {
+        self.seen.host_run(file, at.0)
     }
 
     fn submit(&self, file: FileId, _why: Purpose, op: Op) -> Pending {

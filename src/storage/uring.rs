@@ -33,7 +33,8 @@ use super::ops::{OpTable, Pending};
 use super::plan::{Call, Plan, Step};
 use super::prompt::Prompt;
 use super::threads::{Answer, Job, Mailbox};
-use super::{Engine, FileId, Lane, Limits, Op, Purpose, Storage};
+use super::{Engine, FileId, HostRun, Lane, Limits, Op, Purpose, Storage};
+use crate::bytes::HostOffset;
 use crate::sync::Arc;
 
 /// How many operations are handed over in one call.
@@ -292,6 +293,14 @@ impl Storage for Uring {
 
     fn length(&self, file: FileId) -> io::Result<u64> {
         self.seen.length(file)
+    }
+
+    fn allocated(&self, file: FileId) -> io::Result<u64> {
+        self.seen.allocated(file)
+    }
+
+    fn host_run(&self, file: FileId, at: HostOffset) -> io::Result<HostRun> {
+        self.seen.host_run(file, at.0)
     }
 
     fn submit(&self, file: FileId, _why: Purpose, op: Op) -> Pending {
