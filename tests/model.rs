@@ -242,7 +242,7 @@ fn disks_of_any_size() {
 fn own(seed: u64, size: u64, cluster_bits: u32, refcount_order: u32, requests: usize) {
     let disk = MemDisk::new();
     let engine = disk.engine(0, seed);
-    let layout = CreateOptions { size, cluster_bits, refcount_order };
+    let layout = CreateOptions { cluster_bits, refcount_order, ..CreateOptions::new(size) };
     let made = create(&engine, &disk, Path::new(IMAGE), &layout);
     block_on(&engine, made).expect("create");
     let report = disk.look(IMAGE, check).expect("the image");

@@ -19,7 +19,7 @@ use crate::storage::{FileSource, OpenMode, Opened, Storage};
 use crate::sync::Arc;
 
 /// Most layers of a chain.
-const DEPTH_LIMIT: usize = 64;
+pub(super) const DEPTH_LIMIT: usize = 64;
 
 /// The format of an image file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -86,11 +86,11 @@ pub async fn create(
     options: &CreateOptions,
 ) -> Result<()> {
     let file = source.create(path)?;
-    let made = crate::qcow2::create::create(st, file, options).await;
+    let made = crate::qcow2::create::create(st, file, None, options).await;
     made.map_err(|error| error.within(path.display()))
 }
 
-struct Gate<'a> {
+pub(super) struct Gate<'a> {
     st: &'a dyn Storage,
     source: &'a dyn FileSource,
     options: &'a OpenOptions,
@@ -100,13 +100,13 @@ struct Gate<'a> {
 }
 
 /// A file to open as the next layer.
-struct Next {
-    path: PathBuf,
-    format: Option<Format>,
+pub(super) struct Next {
+    pub(super) path: PathBuf,
+    pub(super) format: Option<Format>,
 }
 
 impl<'a> Gate<'a> {
-    fn new(
+    pub(super) fn new(
         st: &'a dyn Storage,
         source: &'a dyn FileSource,
         path: &Path,
@@ -120,7 +120,7 @@ impl<'a> Gate<'a> {
         Ok(Self { st, source, options, roots, inflated })
     }
 
-    async fn open_chain(&self, path: &Path) -> Result<Vec<Layer>> {
+    pub(super) async fn open_chain(&self, path: &Path) -> Result<Vec<Layer>> {
         let mut next = Some(Next { path: path.to_owned(), format: self.options.format });
         let mut layers = Vec::new();
         let mut seen = Vec::new();
@@ -149,7 +149,12 @@ impl<'a> Gate<'a> {
         Ok(layers)
     }
 
-    fn refuse_cycle(&self, name: &str, file: Opened, seen: &mut Vec<(u64, u64)>) -> Result<()> {
+    pub(super) fn refuse_cycle(
+        &self,
+        name: &str,
+        file: Opened,
+        seen: &mut Vec<(u64, u64)>,
+    ) -> Result<()> {
         if seen.contains(&file.identity) {
             let why = "the file is part of its own backing chain; rebase the image that refers to \
                        it with qemu-img rebase -u";
@@ -185,7 +190,7 @@ impl<'a> Gate<'a> {
         Ok((Layer::Qcow2(Box::new(image)), next))
     }
 
-    fn backing(&self, path: &Path, header: &Header) -> Result<Option<Next>> {
+    pub(super) fn backing(&self, path: &Path, header: &Header) -> Result<Option<Next>> {
         let Some(reference) = &header.backing else { return Ok(None) };
         let format = match header.backing_format.as_deref() {
             Some("raw") => Format::Raw,
@@ -231,23 +236,42 @@ impl<'a> Gate<'a> {
     }
 
     /// Turns a reference into a path that may be opened.
-    fn admit(&self, from: &Path, what: &str, reference: &str) -> Result<PathBuf> {
-        let refuse = |why: String| Err(Error::refused(from.display().to_string(), why));
-        let protocol = reference.split_once(':').is_some_and(|(before, _)| !before.contains('/'));
-        if protocol {
-            return refuse(format!(
-                "its {what} is given as {reference:?}; only plain file names are opened, \
-                 so record one with qemu-img rebase -u"
-            ));
-        }
+    pub(super) fn admit(&self, from: &Path, what: &str, reference: &str) -> Result<PathBuf> {
+        refuse_protocol(from, what, reference)?;
         let path = directory(from).join(reference);
-        let target = match self.source.canonical(&path) {
-            Ok(target) => target,
-            Err(error) => {
-                let Kind::Io(source) = error.kind() else { return Err(error) };
-                return refuse(format!("its {what} {} cannot be opened: {source}", path.display()));
-            }
+        let target = self.resolve(from, what, &path, &path)?;
+        self.refuse_outside(from, what, target)
+    }
+
+    /// Turns a reference to a file that may be made into its path.
+    pub(super) fn admit_new(&self, from: &Path, what: &str, reference: &str) -> Result<PathBuf> {
+        let path = directory(from).join(reference);
+        let Some(name) = path.file_name().filter(|_| !self.exists(&path)) else {
+            return self.admit(from, what, reference);
         };
+        refuse_protocol(from, what, reference)?;
+        let parent = self.resolve(from, what, &path, &directory(&path))?;
+        self.refuse_outside(from, what, parent.join(name))
+    }
+
+    fn exists(&self, path: &Path) -> bool {
+        self.source.canonical(path).is_ok()
+    }
+
+    /// `path`, which the reference to `shown` needs, with all links resolved.
+    fn resolve(&self, from: &Path, what: &str, shown: &Path, path: &Path) -> Result<PathBuf> {
+        self.source.canonical(path).map_err(|error| match error.kind() {
+            Kind::Io(source) => {
+                let why = format!("its {what} {} cannot be opened: {source}", shown.display());
+                Error::refused(from.display().to_string(), why)
+            }
+            _ => error,
+        })
+    }
+
+    /// Lets through what lies in a directory that references may lead into.
+    fn refuse_outside(&self, from: &Path, what: &str, target: PathBuf) -> Result<PathBuf> {
+        let refuse = |why: String| Err(Error::refused(from.display().to_string(), why));
         if self.roots.iter().any(|root| target.starts_with(root)) {
             return Ok(target);
         }
@@ -260,8 +284,21 @@ impl<'a> Gate<'a> {
     }
 }
 
+/// Refuses references that are no plain file names.
+fn refuse_protocol(from: &Path, what: &str, reference: &str) -> Result<()> {
+    let protocol = reference.split_once(':').is_some_and(|(before, _)| !before.contains('/'));
+    if !protocol {
+        return Ok(());
+    }
+    let why = format!(
+        "its {what} is given as {reference:?}; only plain file names are opened, so record one \
+         with qemu-img rebase -u"
+    );
+    Err(Error::refused(from.display().to_string(), why))
+}
+
 /// The directory that a file's references are relative to.
-fn directory(path: &Path) -> PathBuf {
+pub(super) fn directory(path: &Path) -> PathBuf {
     match path.parent() {
         Some(parent) if parent.components().next().is_some() => parent.to_owned(),
         _ if path.components().next() == Some(Component::RootDir) => PathBuf::from("/"),

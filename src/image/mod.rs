@@ -6,14 +6,18 @@
 //! in one go, and the mapping is changed last.
 
 mod chain;
+pub mod compare;
 mod compress;
 pub mod describe;
 mod erase;
 pub mod gate;
 mod hints;
+pub mod inspect;
+pub mod make;
 pub mod offline;
 mod outlive;
 pub mod policy;
+pub mod status;
 mod transfer;
 
 use std::fmt;

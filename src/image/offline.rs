@@ -6,11 +6,13 @@ use std::path::Path;
 use crate::error::{Error, Result};
 use crate::image::chain::Layer;
 use crate::image::transfer::Batch;
-use crate::image::{Image, OpenOptions};
+use crate::image::{Format, Image, OpenOptions};
+use crate::qcow2::check::{self, Repair, Report};
+use crate::qcow2::create::Preallocation;
 use crate::qcow2::snapshot::{NewSnapshot, Snapshot};
 use crate::qcow2::{NewSize, Qcow2};
 use crate::raw::Raw;
-use crate::storage::{Buf, FileSource, Op, Purpose, Storage};
+use crate::storage::{Buf, FileSource, Op, OpenMode, Purpose, Storage};
 
 /// The internal snapshots of the image at `path`, oldest first.
 ///
@@ -97,6 +99,49 @@ pub async fn resize(
     let mut image = Image::open(st, source, path, options).await?;
     let done = image.resize(st, size, shrink).await;
     done.map_err(|error| error.within(path.display()))
+}
+
+/// Takes the host's space of a raw image at `path` from the byte `from` on, which reads as zeros.
+///
+/// # Errors
+/// When the file cannot be opened, and I/O errors.
+pub async fn take_tail(
+    st: &dyn Storage,
+    source: &dyn FileSource,
+    path: &Path,
+    from: u64,
+    preallocation: Preallocation,
+) -> Result<()> {
+    let file = source.open(path, OpenMode { read_only: false, backing: false })?;
+    let len = file.length.saturating_sub(from);
+    crate::qcow2::create::take(st, file.id, from, len, preallocation).await?;
+    let done = st.submit(file.id, Purpose::SyncData, Op::Sync).await;
+    done.map_err(|source| Error::io("making room durable", source))
+}
+
+/// Checks the image at `path`, and repairs what `repair` allows; nothing else is opened. Nobody else
+/// may use it.
+///
+/// # Errors
+/// `Unsupported` for a raw image, which has nothing to check; when the file cannot be opened, and as
+/// [`check::check`].
+pub async fn check_image(
+    st: &dyn Storage,
+    source: &dyn FileSource,
+    path: &Path,
+    options: &OpenOptions,
+    repair: Repair,
+) -> Result<Report> {
+    let name = path.display().to_string();
+    if options.format == Some(Format::Raw) {
+        return Err(Error::unsupported(name, "raw images have nothing that could be checked"));
+    }
+    if options.read_only && repair != Repair::None {
+        return Err(Error::refused(name, "an image that is opened read-only is not repaired"));
+    }
+    let mode = OpenMode { read_only: repair == Repair::None, backing: false };
+    let file = source.open(path, mode)?;
+    check::check(st, &name, file.id, repair).await
 }
 
 impl Image {

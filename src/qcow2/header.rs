@@ -37,7 +37,7 @@ pub const REFTABLE_LIMIT: u64 = 8 << 20;
 /// Most snapshots an image may have.
 pub const SNAPSHOT_LIMIT: u64 = 65536;
 /// Longest backing file name in bytes.
-const NAME_LIMIT: u64 = 1023;
+pub const NAME_LIMIT: u64 = 1023;
 /// Smallest log2 of the cluster size with extended L2 entries: a subcluster is a sector or more.
 const EXTENDED_LEAST_BITS: u32 = 14;
 /// More header extensions than any writer makes.

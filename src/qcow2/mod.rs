@@ -16,7 +16,7 @@
 //! A method without a [`Storage`](crate::storage::Storage) argument cannot do I/O and cannot wait.
 
 mod alloc;
-mod bitmap;
+pub mod bitmap;
 pub mod check;
 mod claims;
 mod compress;
@@ -32,9 +32,11 @@ pub mod geometry;
 pub mod header;
 mod inflated;
 pub mod journal;
+mod layout;
 mod limbo;
 mod map;
 mod mark;
+pub mod measure;
 mod offline;
 pub mod open;
 mod redo;
@@ -42,6 +44,7 @@ mod refcount;
 mod regions;
 mod resize;
 pub mod snapshot;
+mod status;
 mod table;
 mod write;
 
@@ -56,6 +59,7 @@ pub use inflated::InflatedBytes;
 pub(crate) use map::CompressedExtent;
 pub use map::{Extent, WriteTarget};
 pub use resize::NewSize;
+pub use status::{LayerStatus, StatusKind};
 pub use write::WritePlan;
 
 use crate::bytes::{HostOffset, round_up};

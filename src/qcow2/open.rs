@@ -52,6 +52,30 @@ pub async fn read_header(st: &dyn Storage, name: &str, file: Opened) -> Result<H
     header::parse(name, &whole.await.map_err(|error| error.within(name))?)
 }
 
+/// The internal snapshots of the image in `file`, and how many bytes their table takes.
+///
+/// # Errors
+/// When the table cannot be read or is malformed.
+pub async fn read_snapshots(
+    st: &dyn Storage,
+    file: FileId,
+    header: &Header,
+) -> Result<(Vec<Snapshot>, u64)> {
+    let (at, count) = (header.snapshots_at, header.snapshots);
+    let mut len = header.geometry.cluster_size();
+    loop {
+        let bytes = read(st, file, Purpose::SnapshotRead, at, len).await?;
+        let parsed = snapshot::parse(&bytes, count);
+        match parsed.map_err(|kind| Error::corrupt("snapshot table", kind))? {
+            Parsed::All(snapshots, len) => return Ok((snapshots, len)),
+            Parsed::NeedMore if len < snapshot::TABLE_LIMIT => len *= 2,
+            Parsed::NeedMore => {
+                return Err(Error::corrupt("snapshot table", CorruptKind::Snapshot(count)));
+            }
+        }
+    }
+}
+
 async fn read(
     st: &dyn Storage,
     file: FileId,
@@ -158,19 +182,7 @@ impl Qcow2 {
     /// # Errors
     /// When the table cannot be read or is malformed.
     pub async fn snapshots(&self, st: &dyn Storage) -> Result<(Vec<Snapshot>, u64)> {
-        let (at, count) = (self.header.snapshots_at, self.header.snapshots);
-        let mut len = self.geometry.cluster_size();
-        loop {
-            let bytes = read(st, self.file, Purpose::SnapshotRead, at, len).await?;
-            let parsed = snapshot::parse(&bytes, count);
-            match parsed.map_err(|kind| Error::corrupt("snapshot table", kind))? {
-                Parsed::All(snapshots, len) => return Ok((snapshots, len)),
-                Parsed::NeedMore if len < snapshot::TABLE_LIMIT => len *= 2,
-                Parsed::NeedMore => {
-                    return Err(Error::corrupt("snapshot table", CorruptKind::Snapshot(count)));
-                }
-            }
-        }
+        read_snapshots(st, self.file, &self.header).await
     }
 
     /// Guards the snapshot table and the snapshots' L1 tables against guest data.

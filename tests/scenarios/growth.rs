@@ -111,7 +111,8 @@ fn new_images_of_ours_with_tables_of_many_clusters() {
 
     let disk = MemDisk::new();
     let engine = disk.engine(0, 0);
-    let layout = CreateOptions { size: 256 * MIB, cluster_bits: 9, refcount_order: 6 };
+    let layout =
+        CreateOptions { cluster_bits: 9, refcount_order: 6, ..CreateOptions::new(256 * MIB) };
     block_on(&engine, create(&engine, &disk, Path::new(IMAGE), &layout)).expect("creating");
     let dir = Dir::of(&disk);
     assert_eq!(dir.check(IMAGE).0, Verdict::Clean);

@@ -7,6 +7,7 @@ use std::collections::HashSet;
 
 use crate::bytes::{HostOffset, be16, be32, be64};
 use crate::error::CorruptKind;
+use crate::qcow2::bitmap::BitmapFacts;
 use crate::qcow2::format::OFFSET_MASK;
 
 /// Bytes of the extension.
@@ -91,6 +92,16 @@ impl Entry {
     /// Whether the bitmap is enabled and can be trusted, so that a write makes it stale.
     pub(super) fn is_live(&self) -> bool {
         self.flags & AUTO != 0 && self.flags & IN_USE == 0
+    }
+
+    /// What there is to tell of the bitmap.
+    pub(super) fn facts(&self) -> BitmapFacts {
+        BitmapFacts {
+            name: self.name.clone(),
+            granularity: 1_u64.checked_shl(self.granularity_bits).unwrap_or(u64::MAX),
+            in_use: self.flags & IN_USE != 0,
+            auto: self.flags & AUTO != 0,
+        }
     }
 
     /// Why changes cannot be recorded in the bitmap, if so.

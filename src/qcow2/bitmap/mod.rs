@@ -28,6 +28,7 @@ use crate::qcow2::Qcow2;
 use crate::qcow2::bitmap::bits::Bits;
 use crate::qcow2::bitmap::directory::Part;
 use crate::qcow2::format::AUTOCLEAR_BITMAPS;
+use crate::qcow2::header::Header;
 use crate::storage::{Buf, FileId, Op, Pending, Purpose, Storage};
 use crate::sync::{AtomicBool, Mutex, OnceLock, lock};
 
@@ -79,6 +80,42 @@ struct Live {
 struct Table {
     at: HostOffset,
     parts: Vec<Part>,
+}
+
+/// What an image's directory says of one bitmap.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct BitmapFacts {
+    /// Its name.
+    pub name: String,
+    /// How many bytes of the disk one of its bits stands for.
+    pub granularity: u64,
+    /// What the image holds of it is not to be trusted.
+    pub in_use: bool,
+    /// It is enabled: every change of the disk shall be in it.
+    pub auto: bool,
+}
+
+/// The bitmaps of the image in `file`, in the order of its directory; none where the autoclear bit
+/// says that they are not valid.
+///
+/// # Errors
+/// When the directory cannot be read or is malformed.
+pub async fn read_bitmaps(
+    st: &dyn Storage,
+    file: FileId,
+    header: &Header,
+) -> Result<Vec<BitmapFacts>> {
+    if header.autoclear & AUTOCLEAR_BITMAPS == 0 || header.bitmaps.is_empty() {
+        return Ok(Vec::new());
+    }
+    let wrong = |kind| Error::corrupt("bitmap directory", kind);
+    let place = directory::place(&header.bitmaps, header.geometry.cluster_size()).map_err(wrong)?;
+    let buf = Buf::zeroed(usize::try_from(place.len).expect("the limit was checked"));
+    let read = Op::Read { at: place.at, buf: buf.clone() };
+    let done = st.submit(file, Purpose::BitmapLoad, read).await;
+    done.map_err(|source| Error::io("reading the image's bitmaps", source))?;
+    let entries = directory::parse(&buf.to_vec(), place).map_err(wrong)?;
+    Ok(entries.iter().map(directory::Entry::facts).collect())
 }
 
 impl Bitmaps {
