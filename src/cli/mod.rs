@@ -3,17 +3,19 @@
 mod attach;
 mod control;
 pub mod ctl;
+mod image;
 pub mod logging;
 pub mod packaging;
 pub mod serve;
 pub mod size;
 pub mod socket;
 mod values;
+pub mod verb;
 
 use std::path::{Path, PathBuf};
 
 use clap::builder::PossibleValuesParser;
-use clap::{Parser, Subcommand};
+use clap::Parser;
 
 use crate::blk::rates::RateLimits;
 use crate::blk::{SERIAL_BYTES, Settings};
@@ -36,7 +38,8 @@ Examples:
     vhost-user-qcow2 --socket /tmp/vub.sock --image disk.qcow2 --create 10G
   Serve a raw image without the host's page cache:
     vhost-user-qcow2 --socket /tmp/vub.sock --image disk.raw --format raw --cache none
-
+  Look at an image, with the verbs, options and exit codes of qemu-img:
+    vhost-user-qcow2 info --output=json disk.qcow2
   Make the disk of a running guest larger:
     vhost-user-qcow2 --socket /tmp/vub.sock --image disk.qcow2 --control /tmp/ctl.sock &
     vhost-user-qcow2 ctl --control /tmp/ctl.sock resize size=20G
@@ -49,10 +52,11 @@ SIGTERM and SIGINT finish what is under way, flush, remove the socket and end wi
 #[derive(Debug, Clone, Parser)]
 #[command(name = "vhost-user-qcow2", version, after_help = EXAMPLES)]
 #[command(args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
+#[command(subcommand_help_heading = "Verbs", subcommand_value_name = "VERB")]
 pub struct Arguments {
     /// What to do other than to serve an image
     #[command(subcommand)]
-    pub command: Option<Command>,
+    pub verb: Option<verb::Verb>,
 
     /// The Unix socket to listen on
     #[arg(long, visible_alias = "socket-path", value_name = "PATH")]
@@ -160,13 +164,6 @@ pub struct Arguments {
     /// systemd unit
     #[arg(long, value_enum, value_name = "FILE")]
     pub print_file: Option<packaging::File>,
-}
-
-/// What to do other than to serve an image.
-#[derive(Debug, Clone, Subcommand)]
-pub enum Command {
-    /// Ask a running daemon something, or change its disk
-    Ctl(ctl::Arguments),
 }
 
 impl Arguments {

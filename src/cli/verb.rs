@@ -1,0 +1,63 @@
+//! What the program does instead of serving an image: the verbs.
+
+use std::io::Write;
+use std::process::ExitCode;
+
+use clap::Subcommand;
+
+use crate::cli::ctl;
+use crate::cli::image::check::Check;
+use crate::cli::image::compare::Compare;
+use crate::cli::image::create::Create;
+use crate::cli::image::finish;
+use crate::cli::image::info::Info;
+use crate::cli::image::map::Map;
+use crate::cli::image::measure::Measure;
+use crate::cli::image::resize::Resize;
+use crate::cli::image::snapshot::Snapshot;
+
+/// A verb with its arguments.
+#[derive(Debug, Clone, Subcommand)]
+pub enum Verb {
+    /// Tell what an image is: size, format, backing file, snapshots, bitmaps
+    Info(Info),
+    /// Look for contradictions and leaks in an image, and repair them
+    Check(Check),
+    /// Tell where the disk's bytes are, layer by layer
+    Map(Map),
+    /// Tell how large the file of a new image or of a copy becomes
+    Measure(Measure),
+    /// Tell whether two images hold the same bytes
+    Compare(Compare),
+    /// Make an image
+    Create(Create),
+    /// Make a disk larger or smaller
+    Resize(Resize),
+    /// List, take, apply and delete internal snapshots
+    Snapshot(Snapshot),
+    /// Ask a running daemon something, or change its disk
+    Ctl(ctl::Arguments),
+}
+
+impl Verb {
+    /// Does it; returns the program's exit status, which is qemu-img's.
+    pub fn run(&self) -> ExitCode {
+        match self {
+            Self::Info(verb) => finish(verb.run(), 1),
+            Self::Check(verb) => finish(verb.run(), 1),
+            Self::Map(verb) => finish(verb.run(), 1),
+            Self::Measure(verb) => finish(verb.run(), 1),
+            Self::Compare(verb) => finish(verb.run(), 2),
+            Self::Create(verb) => finish(verb.run(), 1),
+            Self::Resize(verb) => finish(verb.run(), 1),
+            Self::Snapshot(verb) => finish(verb.run(), 1),
+            Self::Ctl(call) => finish(ctl::run(call).map(|result| printed(&result)), 1),
+        }
+    }
+}
+
+/// Prints a daemon's answer; returns the exit status. Who has stopped reading, as `head` does,
+/// wants no more.
+fn printed(result: &str) -> u8 {
+    writeln!(std::io::stdout(), "{result}").map_or(1, |()| 0)
+}
