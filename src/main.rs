@@ -4,10 +4,13 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use vhost_user_qcow2::cli::logging::Logging;
-use vhost_user_qcow2::cli::{Arguments, CAPABILITIES, serve};
+use vhost_user_qcow2::cli::{Arguments, CAPABILITIES, serve, verb};
 
 fn main() -> ExitCode {
-    let arguments = Arguments::parse();
+    let arguments = match Arguments::try_parse() {
+        Ok(arguments) => arguments,
+        Err(error) => return verb::misused(&error),
+    };
     if arguments.print_capabilities {
         println!("{CAPABILITIES}");
         return ExitCode::SUCCESS;

@@ -16,12 +16,13 @@ use common::seeds::{Repeat, seeds};
 use common::workers::{Mix, Run, open};
 use vhost_user_qcow2::bytes::GuestOffset;
 use vhost_user_qcow2::exec::TaskSet;
-use vhost_user_qcow2::image::{Image, create};
-use vhost_user_qcow2::qcow2::create::CreateOptions;
+use vhost_user_qcow2::image::Image;
 use vhost_user_qcow2::storage::fault::{Fault, Faults, Rule};
 use vhost_user_qcow2::storage::mem::{Effect, Event, MemDisk, Stage};
 use vhost_user_qcow2::storage::{Buf, Engine, FileId, Purpose, block_on};
 
+#[path = "ordering/create.rs"]
+mod create;
 #[path = "ordering/lazy.rs"]
 mod lazy;
 
@@ -548,25 +549,6 @@ fn r12_holds_for_the_autoclear_bits() {
         }
         assert_eq!(faults.fired(), 1, "{purpose:?}");
     }
-}
-
-#[test]
-fn r13_a_new_image_gets_its_header_last() {
-    let disk = MemDisk::new();
-    disk.start_trace();
-    let engine = disk.engine(0, 0);
-    let options = CreateOptions::new(1 << 30);
-    block_on(&engine, create(&engine, &disk, Path::new(IMAGE), &options)).expect("create");
-    let trace = disk.take_trace();
-    let changes: Vec<_> = trace.iter().filter(|event| event.effect != Effect::None).collect();
-    let header = changes.iter().position(|e| e.at == 0 && matches!(e.effect, Effect::Write(_)));
-    let header = header.expect("a header");
-    assert_eq!(changes[header - 1].stage, Stage::Finished, "a sync ends before the header");
-    assert_eq!(changes[header - 1].effect, Effect::Sync, "a sync ends before the header");
-    let later = &changes[header + 1..];
-    let other = later.iter().any(|e| e.at != 0 || matches!(e.effect, Effect::Zeros));
-    assert!(!other, "something is written after the header");
-    assert!(disk.crash_exactly(0).files() == disk.files(), "all is durable");
 }
 
 #[test]

@@ -5,6 +5,7 @@ mod control;
 pub mod ctl;
 mod image;
 pub mod logging;
+mod manual;
 pub mod packaging;
 pub mod serve;
 pub mod size;

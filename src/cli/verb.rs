@@ -3,8 +3,9 @@
 use std::io::Write;
 use std::process::ExitCode;
 
-use clap::Subcommand;
+use clap::{CommandFactory, Subcommand};
 
+use crate::cli::Arguments;
 use crate::cli::ctl;
 use crate::cli::image::check::Check;
 use crate::cli::image::compare::Compare;
@@ -15,6 +16,7 @@ use crate::cli::image::map::Map;
 use crate::cli::image::measure::Measure;
 use crate::cli::image::resize::Resize;
 use crate::cli::image::snapshot::Snapshot;
+use crate::cli::manual::{Completions, Man};
 
 /// A verb with its arguments.
 #[derive(Debug, Clone, Subcommand)]
@@ -37,6 +39,25 @@ pub enum Verb {
     Snapshot(Snapshot),
     /// Ask a running daemon something, or change its disk
     Ctl(ctl::Arguments),
+    /// Write manual pages, one for each verb, into a directory
+    Man(Man),
+    /// Print the script that lets a shell complete this program's arguments
+    Completions(Completions),
+}
+
+/// Tells what is wrong with the command line; returns the program's exit status. A verb's statuses
+/// mean something: 2 would say that an image is corrupt.
+pub fn misused(error: &clap::Error) -> ExitCode {
+    // There is nobody left to tell if this fails.
+    let _ = error.print();
+    let first = std::env::args().nth(1).unwrap_or_default();
+    let is_verb = Arguments::command().get_subcommands().any(|verb| verb.get_name() == first);
+    match (error.use_stderr(), first.as_str()) {
+        (false, _) => ExitCode::SUCCESS,
+        (true, "compare" | "ctl") => ExitCode::from(2),
+        (true, _) if is_verb => ExitCode::FAILURE,
+        (true, _) => ExitCode::from(2),
+    }
 }
 
 impl Verb {
@@ -52,6 +73,8 @@ impl Verb {
             Self::Resize(verb) => finish(verb.run(), 1),
             Self::Snapshot(verb) => finish(verb.run(), 1),
             Self::Ctl(call) => finish(ctl::run(call).map(|result| printed(&result)), 1),
+            Self::Man(verb) => finish(verb.run(), 1),
+            Self::Completions(verb) => finish(verb.run(), 1),
         }
     }
 }

@@ -41,12 +41,16 @@ pub async fn compare(
         return Ok(Some(Difference::Size));
     }
     let common = sizes.0.min(sizes.1);
+    let mut runs = (Run::new(first, strict), Run::new(second, strict));
     while at < common {
-        let here = GuestOffset(at);
-        let one = first.status(st, here, common - at).await?;
-        let other = second.status(st, here, common - at).await?;
+        let one = runs.0.at(st, at, common).await?;
+        let other = runs.1.at(st, at, common).await?;
         let run = one.len.min(other.len);
-        let flags = |it: &Status| (it.present, it.zero, it.data, it.compressed, it.place.is_some());
+        // Whether a run goes on to the disk's end is part of what qemu-img compares.
+        let flags = |it: &Status| {
+            let ends = at + it.len == common;
+            (it.present, it.zero, it.data, it.compressed, it.place.is_some(), ends)
+        };
         if strict && flags(&one) != flags(&other) {
             return Ok(Some(Difference::Status(at)));
         }
@@ -54,7 +58,7 @@ pub async fn compare(
             at += run;
             continue;
         }
-        let len = run.min(PIECE);
+        let (here, len) = (GuestOffset(at), run.min(PIECE));
         let left = bytes(st, first, &one, here, len).await?;
         let right = bytes(st, second, &other, here, len).await?;
         if let Some(place) = mismatch(&left, &right) {
@@ -64,6 +68,41 @@ pub async fn compare(
     }
     let longer = if sizes.0 > common { first } else { second };
     only_zeros(st, longer, common).await
+}
+
+/// The run of a disk that a comparison is in: it is looked up once, however many pieces it is
+/// compared in.
+struct Run<'a> {
+    disk: &'a BlockMap<'a>,
+    /// Whether runs are as long as can be.
+    whole: bool,
+    /// The run, and where it ends.
+    status: Option<(Status, u64)>,
+}
+
+impl<'a> Run<'a> {
+    fn new(disk: &'a BlockMap<'a>, whole: bool) -> Self {
+        Self { disk, whole, status: None }
+    }
+
+    /// What the bytes from `at` on are, up to the end of their run or `end`. The place is that of
+    /// the run's first byte.
+    async fn at(&mut self, st: &dyn Storage, at: u64, end: u64) -> Result<Status> {
+        let (status, end) = match self.status {
+            Some((status, end)) if at < end => (status, end),
+            _ => {
+                let (start, len) = (GuestOffset(at), end - at);
+                let status = if self.whole {
+                    self.disk.run(st, start, len).await?
+                } else {
+                    self.disk.status(st, start, len).await?
+                };
+                (status, at + status.len)
+            }
+        };
+        self.status = Some((status, end));
+        Ok(Status { len: end - at, ..status })
+    }
 }
 
 /// The first sector from `at` on that is not zeros.

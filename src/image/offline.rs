@@ -119,12 +119,12 @@ pub async fn take_tail(
     done.map_err(|source| Error::io("making room durable", source))
 }
 
-/// Checks the image at `path`, and repairs what `repair` allows; nothing else is opened. Nobody else
-/// may use it.
+/// Checks the image at `path`, and repairs what `repair` allows; nothing else is opened. Nobody
+/// else may use it.
 ///
 /// # Errors
-/// `Unsupported` for a raw image, which has nothing to check; when the file cannot be opened, and as
-/// [`check::check`].
+/// `Unsupported` for a raw image, which has nothing to check; when the file cannot be opened, and
+/// as [`check::check`].
 pub async fn check_image(
     st: &dyn Storage,
     source: &dyn FileSource,

@@ -135,17 +135,14 @@ impl CreateOptions {
                 self.extended_l2 && self.cluster_bits < 14,
                 "extended L2 entries need clusters of 16 KiB or more",
             ),
-            (
-                self.data_file_raw && self.data_file.is_none(),
-                "data_file_raw needs a data_file",
-            ),
+            (self.data_file_raw && self.data_file.is_none(), "data_file_raw needs a data_file"),
             (
                 self.data_file_raw && self.backing.is_some(),
                 "a raw data file holds the whole disk, so that there can be no backing file",
             ),
             (
                 prepared && self.backing.is_some() && !self.extended_l2,
-                "prepared clusters would hide the backing file; extended_l2=on lets it show through",
+                "prepared clusters would hide the backing file, unless there is extended_l2=on",
             ),
             (
                 !names.into_iter().flatten().all(|name| is_name(&name)),
@@ -270,7 +267,9 @@ impl Maker<'_> {
         let end = self.layout.start(self.layout.end);
         if self.st.limits(file.id).grows {
             if file.length > 0 {
+                // New tables under an old header would be a broken image.
                 step(self.st, self.file, Op::Resize { len: 0 }).await?;
+                step(self.st, self.file, Op::Sync).await?;
             }
             return step(self.st, self.file, Op::Resize { len: end }).await;
         }

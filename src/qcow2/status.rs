@@ -121,8 +121,8 @@ impl Qcow2 {
     }
 
     /// Whether the image counts clearly more clusters as in use than its file takes of the host's
-    /// space: then its data clusters were prepared and hold, for the most part, nothing yet, so that
-    /// it is worth asking the host where there is data. The bound is the one QEMU uses.
+    /// space: then its data clusters were prepared and hold, for the most part, nothing yet, so
+    /// that it is worth asking the host where there is data. The bound is the one QEMU uses.
     ///
     /// # Errors
     /// I/O errors, and `Corrupt` when a refcount block cannot be used.

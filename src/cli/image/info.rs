@@ -168,7 +168,10 @@ fn specific(qcow2: &Qcow2Facts) -> Value {
         }
     }
     if !qcow2.bitmaps.is_empty() {
-        let bitmap = |it: &BitmapFacts| json!({"name": it.name, "granularity": it.granularity, "flags": flags(it)});
+        let bitmap = |it: &BitmapFacts| {
+            let flags = flags(it);
+            json!({"name": it.name, "granularity": it.granularity, "flags": flags})
+        };
         let list: Value = qcow2.bitmaps.iter().map(bitmap).collect();
         add(&mut data, json!({"bitmaps": list}));
     }
@@ -224,8 +227,8 @@ fn human_of(facts: &Facts) -> String {
     }
     let kind = if facts.is_device { "host_device" } else { "file" };
     let file = format!(
-        "Child node '/file':\n    filename: {}\n    protocol type: {kind}\n    file length: {}\n    \
-         disk size: {}\n",
+        "Child node '/file':\n    filename: {}\n    protocol type: {kind}\n    \
+         file length: {}\n    disk size: {}\n",
         facts.path.display(),
         human::size(crate::bytes::round_up(facts.file_length, 512)),
         human::bytes(facts.allocated)

@@ -11,6 +11,9 @@ use crate::error::{Error, Result};
 use crate::image::Image;
 use crate::image::status::{BlockMap, Status};
 
+/// Lines are printed together once they have so many bytes.
+const BUFFER: usize = 64 << 10;
+
 const EXAMPLES: &str = "\
 Examples:
   vhost-user-qcow2 map disk.qcow2
@@ -64,29 +67,33 @@ impl Map {
             None => map.size(),
         };
         let mut at = self.start_offset;
-        let mut first = true;
-        match self.output {
-            Output::Json => print("[")?,
-            Output::Human => print(&line(["Offset", "Length", "Mapped to", "File"]))?,
-        }
+        let mut text = match self.output {
+            Output::Json => "[".to_owned(),
+            Output::Human => line(["Offset", "Length", "Mapped to", "File"]),
+        };
         while at < end {
             let run = map.run(st, GuestOffset(at), end - at).await?;
             match self.output {
-                Output::Json => {
-                    print(if first { "" } else { ",\n" })?;
-                    print(&json_of(at, &run))?;
-                    first = false;
-                }
-                Output::Human => self.tell_run(tool, at, &run)?,
+                Output::Json => text.push_str(&json_of(at, &run)),
+                Output::Human => text.push_str(&self.human_of(tool, at, &run)?),
             }
             at += run.len;
+            if self.output == Output::Json && at < end {
+                text.push_str(",\n");
+            }
+            if text.len() > BUFFER {
+                print(&std::mem::take(&mut text))?;
+            }
         }
-        if self.output == Output::Json { print("]\n") } else { Ok(()) }
+        if self.output == Output::Json {
+            text.push_str("]\n");
+        }
+        print(&text)
     }
 
-    fn tell_run(&self, tool: &Tool, at: u64, run: &Status) -> Result<()> {
+    fn human_of(&self, tool: &Tool, at: u64, run: &Status) -> Result<String> {
         if !run.data || run.zero {
-            return Ok(());
+            return Ok(String::new());
         }
         let Some((file, host)) = run.place else {
             let why = format!(
@@ -97,7 +104,7 @@ impl Map {
         };
         let hexadecimal = |number: u64| format!("{number:#x}");
         let name = tool.files.name(file);
-        print(&line([&hexadecimal(at), &hexadecimal(run.len), &hexadecimal(host.0), &name]))
+        Ok(line([&hexadecimal(at), &hexadecimal(run.len), &hexadecimal(host.0), &name]))
     }
 }
 

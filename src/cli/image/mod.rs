@@ -115,7 +115,7 @@ impl Tool {
 ///
 /// # Errors
 /// When it cannot be written, but for a reader that has gone.
-fn print(text: &str) -> Result<()> {
+pub(super) fn print(text: &str) -> Result<()> {
     let mut output = std::io::stdout().lock();
     match output.write_all(text.as_bytes()).and_then(|()| output.flush()) {
         Err(error) if error.kind() != ErrorKind::BrokenPipe => {
