@@ -182,7 +182,7 @@ pub fn is_listening(socket: &Path) -> bool {
 }
 
 /// The program under test: `VHOST_USER_QCOW2` names it, otherwise it is the release build.
-fn program() -> PathBuf {
+pub fn program() -> PathBuf {
     let program = match std::env::var_os("VHOST_USER_QCOW2") {
         Some(path) => PathBuf::from(path),
         None => target_directory().join("release/vhost-user-qcow2"),

@@ -15,8 +15,8 @@ pub mod verb;
 
 use std::path::{Path, PathBuf};
 
-use clap::builder::PossibleValuesParser;
 use clap::Parser;
+use clap::builder::PossibleValuesParser;
 
 use crate::blk::rates::RateLimits;
 use crate::blk::{SERIAL_BYTES, Settings};
