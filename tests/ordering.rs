@@ -2,7 +2,6 @@
 //!
 //! A trace is replayed, and at each operation the rule is held against what is durable then.
 
-use std::path::Path;
 use std::pin::Pin;
 use std::rc::Rc;
 use std::task::{Context, Poll, Waker};

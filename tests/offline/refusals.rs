@@ -233,7 +233,7 @@ fn a_new_image_of_a_size_no_header_may_state_is_not_made() {
     let make = |size| {
         let disk = MemDisk::new();
         let engine = disk.engine(0, 0);
-        let layout = CreateOptions { size, cluster_bits: 21, refcount_order: 4 };
+        let layout = CreateOptions { cluster_bits: 21, ..CreateOptions::new(size) };
         let made = create_image(&engine, &disk, Path::new(IMAGE), &layout);
         block_on(&engine, made).map(|()| disk)
     };
