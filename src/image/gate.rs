@@ -78,16 +78,23 @@ impl Image {
 /// Makes an empty qcow2 image at `path`, which must not exist.
 ///
 /// # Errors
-/// When the file exists or cannot be made, or the layout is out of range.
+/// `Refused` and `Unsupported` before anything is made, when options contradict each other, the
+/// layout is out of range or needs a data file; then I/O errors, also when the file exists.
 pub async fn create(
     st: &dyn Storage,
     source: &dyn FileSource,
     path: &Path,
     options: &CreateOptions,
 ) -> Result<()> {
+    let within = |error: Error| error.within(path.display());
+    options.check().map_err(within)?;
+    if options.data_file.is_some() {
+        let why = "an image with a data file is made by image::make::make";
+        return Err(Error::unsupported(path.display().to_string(), why));
+    }
     let file = source.create(path)?;
     let made = crate::qcow2::create::create(st, file, None, options).await;
-    made.map_err(|error| error.within(path.display()))
+    made.map_err(within)
 }
 
 pub(super) struct Gate<'a> {

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use common::images::IMAGE;
 use vhost_user_qcow2::image::make::{NewImage, make};
-use vhost_user_qcow2::image::{Format, OpenOptions};
+use vhost_user_qcow2::image::{self, Format, OpenOptions};
 use vhost_user_qcow2::qcow2::create::{CreateOptions, Preallocation};
 use vhost_user_qcow2::storage::block_on;
 use vhost_user_qcow2::storage::mem::{Effect, MemDisk, Stage};
@@ -50,4 +50,19 @@ fn header_is_last(disk: &MemDisk, options: &CreateOptions, replace: bool) {
     let other = later.iter().any(|e| e.at != 0 || matches!(e.effect, Effect::Zeros));
     assert!(!other, "something is written after the header");
     assert!(disk.crash_exactly(0).files() == disk.files(), "all is durable");
+}
+
+#[test]
+fn what_cannot_be_made_leaves_no_empty_file() {
+    let disk = MemDisk::new();
+    let engine = disk.engine(0, 0);
+    let too_large = CreateOptions { cluster_bits: 9, ..CreateOptions::new(1 << 50) };
+    let old = CreateOptions { version: 2, lazy_refcounts: true, ..CreateOptions::new(1 << 20) };
+    let data_file = Some("data.raw".to_owned());
+    let split = CreateOptions { data_file, ..CreateOptions::new(1 << 20) };
+    for options in [too_large, old, split] {
+        let made = block_on(&engine, image::create(&engine, &disk, Path::new(IMAGE), &options));
+        made.expect_err("such an image cannot be made");
+        assert_eq!(disk.files(), [], "a refusal has left something behind");
+    }
 }
