@@ -6,6 +6,8 @@
 
 #[path = "tool/corpus.rs"]
 mod corpus;
+#[path = "tool/readme.rs"]
+mod readme;
 
 use std::ffi::OsStr;
 use std::fs;
