@@ -234,8 +234,11 @@ pub(crate) fn make(directory: &Path) -> Vec<Picture> {
     maker.made
 }
 
+/// What is done to the bytes of an image.
+type Damage = fn(&mut Vec<u8>);
+
 /// Damage for `check`: a name and what is done to a written image with clusters of 64 KiB.
-pub(crate) const DAMAGES: [(&str, fn(&mut Vec<u8>)); 5] = [
+pub(crate) const DAMAGES: [(&str, Damage); 5] = [
     ("a cluster that nothing refers to", |image| {
         let entry = l2_entry(image, 0);
         put(image, entry, 0);

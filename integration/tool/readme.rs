@@ -37,7 +37,7 @@ fn examples() -> Vec<String> {
 fn verbs() -> Vec<String> {
     let output = Command::new(program()).arg("--help").output().expect("the program starts");
     let help = String::from_utf8(output.stdout).expect("text");
-    let (_, list) = help.split_once("Commands:\n").expect("a list of verbs");
+    let (_, list) = help.split_once("Verbs:\n").expect("a list of verbs");
     let list = list.lines().take_while(|line| !line.is_empty());
     // What a verb means stands behind its name, or deeper on the next line.
     let names = list.filter_map(|line| line.strip_prefix("  ").filter(|it| !it.starts_with(' ')));
