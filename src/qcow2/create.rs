@@ -312,17 +312,22 @@ async fn step(st: &dyn Storage, file: FileId, op: Op) -> Result<()> {
     done.map_err(|source| Error::io("creating an image", source))
 }
 
-/// The header with its extensions and the backing file's name; `None` when they do not fit into
-/// one cluster. Without a layout the places of tables are zero, which has the same length.
-fn header(options: &CreateOptions, layout: Option<&Layout>) -> Option<Vec<u8>> {
-    let cluster = 1_usize << options.cluster_bits;
-    let start = start(options, layout);
+/// The bytes of the extension that names feature bits.
+pub(super) fn feature_names() -> Vec<u8> {
     let mut names = Vec::new();
     for (kind, bit, name) in FEATURE_NAMES {
         names.extend([kind, bit]);
         names.extend(name.as_bytes());
         names.resize(names.len().next_multiple_of(48), 0);
     }
+    names
+}
+
+/// The header with its extensions and the backing file's name; `None` when they do not fit into
+/// one cluster. Without a layout the places of tables are zero, which has the same length.
+pub(super) fn header(options: &CreateOptions, layout: Option<&Layout>) -> Option<Vec<u8>> {
+    let cluster = 1_usize << options.cluster_bits;
+    let start = start(options, layout);
     let text = |text: &Option<String>| text.as_ref().map(|text| text.clone().into_bytes());
     let mut extensions = Vec::new();
     extensions.extend(text(&options.backing_format).map(|it| (EXTENSION_BACKING_FORMAT, it)));
@@ -332,7 +337,7 @@ fn header(options: &CreateOptions, layout: Option<&Layout>) -> Option<Vec<u8>> {
         return Some(needed).filter(|bytes| bytes.len() <= cluster);
     }
     // The names are a courtesy: small clusters have no room for them.
-    extensions.push((EXTENSION_FEATURE_NAMES, names));
+    extensions.push((EXTENSION_FEATURE_NAMES, feature_names()));
     let all = assemble(&start, &extensions, options)?;
     [all, needed].into_iter().find(|bytes| bytes.len() <= cluster)
 }

@@ -355,6 +355,26 @@ fn text(bytes: &[u8], what: &'static str) -> Result<String, CorruptKind> {
     Ok(text.to_owned())
 }
 
+/// A header extension: its kind and its bytes.
+pub(super) type Extension = (u32, Vec<u8>);
+
+/// The header extensions of an image whose first cluster is given, in order, and where the list
+/// ends with its end mark.
+pub(super) fn extensions(cluster: &[u8]) -> Result<(Vec<Extension>, usize), CorruptKind> {
+    let have = u64::try_from(cluster.len()).unwrap_or(u64::MAX);
+    let fields = Fields { bytes: cluster, have };
+    let start = match fields.u32(4)? {
+        2 => u32::try_from(V2_LENGTH).unwrap_or(u32::MAX),
+        _ => fields.u32(100)?,
+    };
+    let found = Extensions::parse(&fields, start, have)?;
+    let start = usize::try_from(start).unwrap_or(usize::MAX);
+    let step = |at: usize, len: usize| at.saturating_add(8).saturating_add(len).next_multiple_of(8);
+    let last = found.0.iter().fold(start, |at, (_, bytes)| step(at, bytes.len()));
+    let end = last.saturating_add(8).min(cluster.len());
+    Ok((found.0.into_iter().map(|(kind, bytes)| (kind, bytes.to_vec())).collect(), end))
+}
+
 /// The header extensions, in order ("Header extensions").
 struct Extensions<'a>(Vec<(u32, &'a [u8])>);
 

@@ -11,11 +11,12 @@
 //! and `redo` does it again.
 //!
 //! [`check`] looks for contradictions in an image that nobody uses and repairs them, `mark` changes
-//! the header's feature bits in place.
+//! the header's feature bits in place, `rewrite` and `amend` the rest of the header.
 //!
 //! A method without a [`Storage`](crate::storage::Storage) argument cannot do I/O and cannot wait.
 
 mod alloc;
+mod amend;
 pub mod bitmap;
 pub mod check;
 mod claims;
@@ -43,6 +44,7 @@ mod redo;
 mod refcount;
 mod regions;
 mod resize;
+mod rewrite;
 pub mod snapshot;
 mod status;
 mod table;
@@ -51,6 +53,7 @@ mod write;
 use std::collections::BTreeSet;
 use std::fmt;
 
+pub use amend::Amend;
 pub(crate) use compress::{deflate, inflate};
 pub(crate) use discard::Erase;
 pub(crate) use epoch::{Epochs, Stay};

@@ -4,7 +4,7 @@
 //! L1 table before, and reads as zeros where it is new; a smaller one drops its mappings after, so
 //! that no power cut takes bytes from a disk that still has its old size.
 
-use crate::bytes::{GuestOffset, round_up};
+use crate::bytes::{GuestOffset, HostOffset, round_up};
 use crate::error::{Error, Result};
 use crate::qcow2::Qcow2;
 use crate::qcow2::alloc::Allocator;
@@ -104,7 +104,7 @@ impl Qcow2 {
         if self.has_bitmaps() {
             return refuse(
                 "the image has bitmaps of changed clusters, which would have the wrong size; \
-                 remove them first with qemu-img bitmap --remove"
+                 remove them first with bitmap --remove"
                     .to_owned(),
             );
         }
@@ -112,7 +112,7 @@ impl Qcow2 {
         if self.header.version < 3 && uncovered {
             return refuse(
                 "the backing file is longer than the disk and would show through: version 2 \
-                 cannot mark clusters as zeros; upgrade with qemu-img amend -o compat=1.1"
+                 cannot mark clusters as zeros; upgrade with amend -o compat=1.1"
                     .to_owned(),
             );
         }
@@ -128,7 +128,7 @@ impl Qcow2 {
         if self.header.version < 3 {
             return refuse(
                 "a version 2 image that has snapshots cannot be resized; delete them, or upgrade \
-                 with qemu-img amend -o compat=1.1"
+                 with amend -o compat=1.1"
                     .to_owned(),
             );
         }
@@ -145,6 +145,27 @@ impl Qcow2 {
     /// The first cluster that lies wholly behind the end of a disk of `size` bytes.
     fn first_beyond(&self, size: u64) -> GuestCluster {
         GuestCluster(size.div_ceil(self.geometry.cluster_size()))
+    }
+
+    /// Drops everything that the image holds of the disk, so that the layer below shows through; a
+    /// power cut on the way leaves a part of it. Snapshots stay. Nothing else uses the image.
+    ///
+    /// # Errors
+    /// `Refused`, with nothing changed, when refcounts are too low; I/O errors and `Corrupt`, after
+    /// which clusters may be counted too high.
+    pub async fn make_empty(&mut self, st: &dyn Storage) -> Result<()> {
+        self.check_poison()?;
+        self.settle(st).await?;
+        self.check_tree(st, &self.l1_words(), 0, Change::Lower).await?;
+        self.begin_offline(st, Bytes::Kept).await?;
+        self.drop_beyond(st, 0).await?;
+        self.end_offline(st).await?;
+        if self.has_data_file() {
+            let op = Op::Discard { at: HostOffset(0), len: self.header.size };
+            let done = st.submit(self.data, Purpose::GuestDiscard, op).await;
+            done.map_err(|source| Error::io("giving back the data file's space", source))?;
+        }
+        self.trim_file(st).await
     }
 
     async fn set_size(&mut self, st: &dyn Storage, size: u64) -> Result<()> {

@@ -62,6 +62,31 @@ impl Bits {
         }
     }
 
+    /// The same bits once more.
+    pub(super) fn copy(&self) -> Self {
+        let word = |word: &AtomicU64| AtomicU64::new(word.load(Ordering::Relaxed));
+        Self {
+            granularity_bits: self.granularity_bits,
+            count: self.count,
+            words: self.words.iter().map(word).collect(),
+            changed: AtomicBool::new(self.is_changed()),
+        }
+    }
+
+    /// Sets every bit whose granule another bitmap of the same disk has a bit for.
+    pub(super) fn merge(&self, other: &Self) {
+        for (number, word) in (0..).zip(&other.words) {
+            let mut word = word.load(Ordering::Relaxed);
+            while word != 0 {
+                let first = word.trailing_zeros();
+                let run = (word >> first).trailing_ones();
+                let at = (number * 64 + u64::from(first)) << other.granularity_bits;
+                self.mark(at, u64::from(run) << other.granularity_bits);
+                word &= u64::MAX.checked_shl(first + run).unwrap_or(0);
+            }
+        }
+    }
+
     /// Whether any bit was set since the bits were loaded.
     pub(super) fn is_changed(&self) -> bool {
         self.changed.load(Ordering::Relaxed)
@@ -189,6 +214,25 @@ mod tests {
         assert_eq!(bits.content(0, 512), Content::Mixed(bytes));
         bits.load(1, 512, Some(&[0; 512]));
         assert_eq!(bits.content(1, 512), Content::Zeros);
+    }
+
+    #[test]
+    fn what_is_merged_covers_the_same_bytes() {
+        let size = 1000 * 512 + 7;
+        let fine = Bits::new(size, 9);
+        fine.mark(5 * 512, 3 * 512);
+        fine.mark(100 * 512, 130 * 512);
+        fine.mark(size - 1, 1);
+        let coarse = Bits::new(size, 11);
+        coarse.mark(0, 1);
+        coarse.merge(&fine);
+        let expected: Vec<u64> = [0, 1].into_iter().chain(25..=57).chain([250]).collect();
+        assert_eq!(set(&coarse), expected);
+        let back = Bits::new(size, 9);
+        back.merge(&coarse);
+        let covered = |bit: &u64| expected.contains(&(bit / 4));
+        assert_eq!(set(&back), (0..1001).filter(covered).collect::<Vec<u64>>());
+        assert_eq!(set(&fine.copy()), set(&fine));
     }
 
     #[test]

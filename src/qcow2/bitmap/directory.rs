@@ -13,13 +13,13 @@ use crate::qcow2::format::OFFSET_MASK;
 /// Bytes of the extension.
 const EXTENSION_LENGTH: usize = 24;
 /// Most bitmaps an image may have.
-const COUNT_LIMIT: u32 = 65535;
+pub(super) const COUNT_LIMIT: u32 = 65535;
 /// Largest directory in bytes that is read.
-const DIRECTORY_LIMIT: u64 = 64 << 20;
+pub(super) const DIRECTORY_LIMIT: u64 = 64 << 20;
 /// Bytes of a directory entry before its extra data and its name.
 const FIXED: usize = 24;
 /// Longest name of a bitmap in bytes.
-const NAME_LIMIT: usize = 1023;
+pub(super) const NAME_LIMIT: usize = 1023;
 /// The type of bitmaps that say which parts of the disk were written.
 const DIRTY_TRACKING: u8 = 1;
 /// Bits of a table entry that must be zero.
@@ -184,6 +184,49 @@ pub(super) fn set_in_use(directory: &mut [u8], start: usize, in_use: bool) {
 /// Says where the table of the entry at `start` lies.
 pub(super) fn set_table(directory: &mut [u8], start: usize, at: HostOffset) {
     put(directory, start, &at.0.to_be_bytes());
+}
+
+/// Says whether changes are recorded in the bitmap whose entry is given.
+pub(super) fn set_enabled(entry: &mut [u8], enabled: bool) {
+    let old = be32(entry, 12).unwrap_or_default();
+    let new = if enabled { old | AUTO } else { old & !AUTO };
+    put(entry, 12, &new.to_be_bytes());
+}
+
+/// The bytes of an entry of a new, enabled bitmap whose table has so many entries and no place yet,
+/// and what they say. The name has 1 to 1023 bytes.
+///
+/// # Errors
+/// When the table is larger than an entry can say.
+pub(super) fn new_entry(
+    name: &str,
+    granularity_bits: u32,
+    table_entries: u64,
+) -> Result<(Vec<u8>, Entry), CorruptKind> {
+    let wrong = |what| CorruptKind::Bitmap { number: 0, what };
+    let entries = u32::try_from(table_entries).map_err(|_| wrong("the table is too large"))?;
+    let name_len = u16::try_from(name.len()).map_err(|_| wrong("the name is too long"))?;
+    let bits = u8::try_from(granularity_bits).map_err(|_| wrong("the granularity is too large"))?;
+    let mut bytes = vec![0; 8];
+    bytes.extend(entries.to_be_bytes());
+    bytes.extend(AUTO.to_be_bytes());
+    bytes.extend([DIRTY_TRACKING, bits]);
+    bytes.extend(name_len.to_be_bytes());
+    // No extra data.
+    bytes.extend([0; 4]);
+    bytes.extend(name.as_bytes());
+    bytes.resize(bytes.len().next_multiple_of(8), 0);
+    let (parsed, _, _) = entry(&bytes, 0).map_err(wrong)?;
+    Ok((bytes, parsed))
+}
+
+/// The bytes of the extension that names a directory.
+pub(super) fn extension(count: u32, len: u64, at: HostOffset) -> Vec<u8> {
+    let mut bytes = count.to_be_bytes().to_vec();
+    bytes.extend([0; 4]);
+    bytes.extend(len.to_be_bytes());
+    bytes.extend(at.0.to_be_bytes());
+    bytes
 }
 
 fn put(directory: &mut [u8], at: usize, field: &[u8]) {

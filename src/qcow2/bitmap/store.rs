@@ -86,7 +86,7 @@ impl Qcow2 {
         written.map(Some)
     }
 
-    async fn write_bits(
+    pub(super) async fn write_bits(
         &self,
         st: &dyn Storage,
         bits: &Bits,
@@ -164,7 +164,7 @@ impl Qcow2 {
     }
 
     /// Gives back what the image held of a bitmap; the directory refers to it no more, durably.
-    fn drop_table(&self, old: &Table) {
+    pub(super) fn drop_table(&self, old: &Table) {
         let epoch = self.epochs.now();
         let clusters = (old.parts.len() as u64 * 8).div_ceil(self.cluster_size());
         let table = Run { first: self.geometry.host_cluster(old.at), count: clusters };

@@ -20,6 +20,7 @@ use crate::bytes::HostOffset;
 use crate::error::{CorruptKind, Error, Result};
 use crate::qcow2::Qcow2;
 use crate::qcow2::header::L1_LIMIT;
+use crate::qcow2::offline::Bytes;
 use crate::storage::{Purpose, Storage};
 
 impl Qcow2 {
@@ -80,6 +81,27 @@ impl Qcow2 {
         }
         let at = self.place_table(st, Purpose::SnapshotWrite, bytes).await?;
         Ok((count, at))
+    }
+
+    /// Lets every snapshot say how large the disk was, which version 3 asks for. Where it is not
+    /// recorded the disk has had one size only. Everything is durable.
+    pub(super) async fn complete_snapshots(&mut self, st: &dyn Storage) -> Result<()> {
+        if self.header.snapshots == 0 {
+            return Ok(());
+        }
+        let (mut snapshots, old_len) = self.snapshots(st).await?;
+        if snapshots.iter().all(|one| one.disk_size.is_some()) {
+            return Ok(());
+        }
+        for one in snapshots.iter_mut().filter(|one| one.disk_size.is_none()) {
+            one.disk_size = Some(self.header.size);
+            one.encode();
+        }
+        self.begin_offline(st, Bytes::Kept).await?;
+        let table = self.write_snapshots(st, &snapshots).await?;
+        self.flush(st).await?;
+        self.switch_snapshots(st, table, old_len).await?;
+        self.end_offline(st).await
     }
 
     /// Lets the header name another table of snapshots, which is durable, and frees the old one.
