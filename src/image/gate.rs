@@ -127,7 +127,41 @@ impl<'a> Gate<'a> {
         Ok(Self { st, source, options, roots, inflated })
     }
 
+    /// Memory for inflated clusters, which all layers share.
+    pub(super) fn inflated(&self) -> Arc<Inflated> {
+        Arc::clone(&self.inflated)
+    }
+
+    /// The image at `path` without the files that it refers to: its tables, but not its data.
+    pub(super) async fn open_alone(&self, path: &Path) -> Result<Image> {
+        let read_only = self.options.read_only;
+        let file = self.source.open(path, OpenMode { read_only, backing: false })?;
+        let layer = match self.options.format {
+            Some(Format::Raw) => Layer::Raw(Raw::new(file.id, file.length)),
+            Some(Format::Qcow2) | None => {
+                let (file, header) = self.read_header(path, file, read_only).await?;
+                let backed = header.backing.is_some();
+                let image =
+                    self.open_parts(path, (file, header), None, (backed, read_only)).await?;
+                Layer::Qcow2(Box::new(image))
+            }
+        };
+        let mut image = Image::from_layers(vec![layer], read_only);
+        image.name = path.display().to_string().into();
+        Ok(image)
+    }
+
     pub(super) async fn open_chain(&self, path: &Path) -> Result<Vec<Layer>> {
+        let read_only = self.options.read_only;
+        self.open_layers(path, &mut |depth, _| depth == 0 && !read_only).await
+    }
+
+    /// Opens a chain, those of its files for writing of whose depth and path `writes` says so.
+    pub(super) async fn open_layers(
+        &self,
+        path: &Path,
+        writes: &mut dyn FnMut(usize, &Path) -> bool,
+    ) -> Result<Vec<Layer>> {
         let mut next = Some(Next { path: path.to_owned(), format: self.options.format });
         let mut layers = Vec::new();
         let mut seen = Vec::new();
@@ -136,12 +170,12 @@ impl<'a> Gate<'a> {
             if layers.len() >= DEPTH_LIMIT {
                 let why = format!(
                     "the backing chain is deeper than {DEPTH_LIMIT} layers; \
-                     flatten it with qemu-img rebase or convert"
+                     flatten it with rebase -b '' or convert"
                 );
                 return Err(Error::refused(name, why));
             }
             let backing = !layers.is_empty();
-            let read_only = backing || self.options.read_only;
+            let read_only = !writes(layers.len(), &here.path);
             let file = self.source.open(&here.path, OpenMode { read_only, backing })?;
             self.refuse_cycle(&name, file, &mut seen)?;
             let layer;
@@ -164,7 +198,7 @@ impl<'a> Gate<'a> {
     ) -> Result<()> {
         if seen.contains(&file.identity) {
             let why = "the file is part of its own backing chain; rebase the image that refers to \
-                       it with qemu-img rebase -u";
+                       it with rebase -u";
             return Err(Error::refused(name, why));
         }
         seen.push(file.identity);
@@ -178,23 +212,41 @@ impl<'a> Gate<'a> {
         read_only: bool,
         seen: &mut Vec<(u64, u64)>,
     ) -> Result<(Layer, Option<Next>)> {
-        let name = path.display().to_string();
-        let mut header = read_header(self.st, &name, file).await?;
-        let mut file = file;
-        if !read_only {
-            (file, header) = repair_dirty(self.st, &name, file, header).await?;
-        }
+        let (file, header) = self.read_header(path, file, read_only).await?;
         let next = self.backing(path, &header)?;
         let data = self.open_data_file(path, &header, read_only, seen)?;
-        let parts = Parts {
-            data: data.map(|file| file.id),
-            backed: next.is_some(),
-            read_only,
-            caches: self.options.caches,
-        };
-        let image = Qcow2::open(self.st, &name, file, header, parts).await?;
-        let image = image.with_inflated(Arc::clone(&self.inflated));
+        let opening = (next.is_some(), read_only);
+        let image = self.open_parts(path, (file, header), data, opening).await?;
         Ok((Layer::Qcow2(Box::new(image)), next))
+    }
+
+    /// Reads a header; an image that was not closed and is to be written to is repaired first.
+    async fn read_header(
+        &self,
+        path: &Path,
+        file: Opened,
+        read_only: bool,
+    ) -> Result<(Opened, Header)> {
+        let name = path.display().to_string();
+        let header = read_header(self.st, &name, file).await?;
+        if read_only {
+            return Ok((file, header));
+        }
+        repair_dirty(self.st, &name, file, header).await
+    }
+
+    async fn open_parts(
+        &self,
+        path: &Path,
+        (file, header): (Opened, Header),
+        data: Option<Opened>,
+        (backed, read_only): (bool, bool),
+    ) -> Result<Qcow2> {
+        let data = data.map(|file| file.id);
+        let parts = Parts { data, backed, read_only, caches: self.options.caches };
+        let name = path.display().to_string();
+        let image = Qcow2::open(self.st, &name, file, header, parts).await?;
+        Ok(image.with_inflated(self.inflated()))
     }
 
     pub(super) fn backing(&self, path: &Path, header: &Header) -> Result<Option<Next>> {
@@ -233,7 +285,7 @@ impl<'a> Gate<'a> {
         }
         let Some(reference) = &header.data_file else {
             let why = "it has an external data file whose name is not recorded; record it with \
-                       qemu-img amend -o data_file=NAME";
+                       amend -o data_file=NAME";
             return Err(Error::refused(path.display().to_string(), why));
         };
         let target = self.admit(path, "data file", reference)?;
@@ -299,7 +351,7 @@ fn refuse_protocol(from: &Path, what: &str, reference: &str) -> Result<()> {
     }
     let why = format!(
         "its {what} is given as {reference:?}; only plain file names are opened, so record one \
-         with qemu-img rebase -u"
+         with rebase -u"
     );
     Err(Error::refused(from.display().to_string(), why))
 }

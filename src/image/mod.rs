@@ -5,9 +5,12 @@
 //! room, the bytes around the guest's are read through the same read path, everything is written
 //! in one go, and the mapping is changed last.
 
+pub mod amend;
 mod chain;
+pub mod commit;
 pub mod compare;
 mod compress;
+pub mod dd;
 pub mod describe;
 mod erase;
 pub mod gate;
@@ -17,6 +20,7 @@ pub mod make;
 pub mod offline;
 mod outlive;
 pub mod policy;
+pub mod rebase;
 pub mod status;
 mod transfer;
 

@@ -145,13 +145,13 @@ pub async fn check_image(
 }
 
 impl Image {
-    fn top_qcow2(&mut self) -> Result<&mut Qcow2> {
+    pub(super) fn top_qcow2(&mut self) -> Result<&mut Qcow2> {
         if self.read_only {
             return Err(Error::refused("disk", "it was opened read-only"));
         }
         match self.chain.0.first_mut() {
             Some(Layer::Qcow2(image)) => Ok(image),
-            _ => Err(Error::unsupported("disk", "only qcow2 images have internal snapshots")),
+            _ => Err(Error::unsupported("disk", "only a qcow2 image has what this changes")),
         }
     }
 

@@ -1,0 +1,158 @@
+//! Changes of what a qcow2 image says of itself: its header, and its bitmaps.
+
+use std::path::{Path, PathBuf};
+
+use crate::bytes::GuestOffset;
+use crate::error::{Error, Result};
+use crate::image::Image;
+use crate::image::chain::Layer;
+use crate::image::gate::{Format, Gate, OpenOptions};
+use crate::qcow2::bitmap::{BitmapEdit, LoadedBitmap, MergeSource, load_bitmap};
+use crate::qcow2::{Amend, StatusKind};
+use crate::storage::{Buf, FileSource, Storage};
+
+/// Zeros are written in pieces of at most this many bytes.
+const PIECE: u64 = 1 << 20;
+
+/// Changes the header of the image at `path`. For version 2 every cluster of zeros becomes one of
+/// bytes, or of nothing where nothing lies below; `progress` is told how many bytes of how many
+/// were looked at.
+///
+/// # Errors
+/// As [`Image::open`] and [`crate::qcow2::Qcow2::amend`].
+pub async fn amend(
+    st: &dyn Storage,
+    source: &dyn FileSource,
+    path: &Path,
+    options: &OpenOptions,
+    amend: &Amend,
+    mut progress: impl FnMut(u64, u64),
+) -> Result<()> {
+    let within = |error: Error| error.within(path.display());
+    let down = amend.version.is_some_and(|version| version < 3);
+    let mut image = if down {
+        Image::open(st, source, path, options).await?
+    } else {
+        Gate::new(st, source, path, options)?.open_alone(path).await?
+    };
+    let top = image.top_qcow2().map_err(within)?;
+    top.check_amend(amend).map_err(within)?;
+    if down && top.header().version > 2 {
+        expand_zeros(st, &image, &mut progress).await.map_err(within)?;
+        image.close(st).await.map_err(within)?;
+    }
+    image.top_qcow2()?.amend(st, amend).await.map_err(within)
+}
+
+/// Leaves no cluster of zeros: version 2 cannot say that.
+async fn expand_zeros(
+    st: &dyn Storage,
+    image: &Image,
+    progress: &mut impl FnMut(u64, u64),
+) -> Result<()> {
+    let Layer::Qcow2(top) = image.chain.top() else { return Ok(()) };
+    let backed = image.chain.0.len() > 1;
+    let (mut at, size) = (0, image.size());
+    while at < size {
+        progress(at, size);
+        let here = GuestOffset(at);
+        let status = top.status(st, here, size - at).await?;
+        let mut len = status.len;
+        if status.kind == StatusKind::Zero && backed {
+            len = len.min(PIECE);
+            let zeros = Buf::zeroed(usize::try_from(len).expect("a small piece"));
+            image.write(st, here, zeros).await?;
+        } else if status.kind == StatusKind::Zero {
+            image.discard(st, here, len).await?;
+        }
+        at += len;
+    }
+    progress(size, size);
+    Ok(())
+}
+
+/// One change of the bitmaps of an image, as it is asked for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum BitmapAction {
+    /// A new one, with so many bytes of the disk for each bit.
+    Add(Option<u64>),
+    /// It goes.
+    Remove,
+    /// No bit is set any more.
+    Clear,
+    /// Changes are recorded in it.
+    Enable,
+    /// Changes are recorded in it no more.
+    Disable,
+    /// What is set in the bitmap of this name is set in it as well.
+    Merge(String),
+}
+
+/// An image whose bitmaps are merged into those of another one.
+#[derive(Debug, Clone)]
+pub struct MergeFrom {
+    /// Its path.
+    pub path: PathBuf,
+    /// Its format; without it the file must have qcow2's magic.
+    pub format: Option<Format>,
+}
+
+/// Makes changes of the bitmap called `name` of the image at `path`, in order, all of them or none.
+/// Nothing but the image is opened, and the image `from` that bitmaps to merge are taken from.
+///
+/// # Errors
+/// As [`Image::open`] and [`crate::qcow2::Qcow2::edit_bitmaps`].
+pub async fn edit_bitmap(
+    st: &dyn Storage,
+    source: &dyn FileSource,
+    path: &Path,
+    options: &OpenOptions,
+    (name, actions): (&str, &[BitmapAction]),
+    from: Option<&MergeFrom>,
+) -> Result<()> {
+    let mut edits = Vec::new();
+    let own = || name.to_owned();
+    for action in actions {
+        edits.push(match action {
+            BitmapAction::Add(granularity) => {
+                BitmapEdit::Add { name: own(), granularity: *granularity }
+            }
+            BitmapAction::Remove => BitmapEdit::Remove(own()),
+            BitmapAction::Clear => BitmapEdit::Clear(own()),
+            BitmapAction::Enable => BitmapEdit::Enable(own()),
+            BitmapAction::Disable => BitmapEdit::Disable(own()),
+            BitmapAction::Merge(other) => {
+                let source = match from {
+                    None => MergeSource::Own(other.clone()),
+                    Some(from) => {
+                        MergeSource::Loaded(load(st, source, from, options, other).await?)
+                    }
+                };
+                BitmapEdit::Merge { name: own(), source }
+            }
+        });
+    }
+    let mut image = Gate::new(st, source, path, options)?.open_alone(path).await?;
+    let within = |error: Error| error.within(path.display());
+    let top = image.top_qcow2().map_err(within)?;
+    top.edit_bitmaps(st, edits).await.map_err(within)
+}
+
+/// A bitmap of another image.
+async fn load(
+    st: &dyn Storage,
+    source: &dyn FileSource,
+    from: &MergeFrom,
+    options: &OpenOptions,
+    name: &str,
+) -> Result<LoadedBitmap> {
+    let options = OpenOptions { format: from.format, read_only: true, ..options.clone() };
+    let image = Gate::new(st, source, &from.path, &options)?.open_alone(&from.path).await?;
+    let within = |error: Error| error.within(from.path.display());
+    match image.chain.top() {
+        Layer::Raw(_) => Err(within(Error::unsupported("bitmap", "a raw image has none"))),
+        Layer::Qcow2(image) => {
+            load_bitmap(st, image.file(), image.header(), name).await.map_err(within)
+        }
+    }
+}
