@@ -7,13 +7,18 @@ use clap::{CommandFactory, Subcommand};
 
 use crate::cli::Arguments;
 use crate::cli::ctl;
+use crate::cli::image::amend::Amend;
+use crate::cli::image::bitmap::Bitmap;
 use crate::cli::image::check::Check;
+use crate::cli::image::commit::Commit;
 use crate::cli::image::compare::Compare;
 use crate::cli::image::create::Create;
+use crate::cli::image::dd::Dd;
 use crate::cli::image::finish;
 use crate::cli::image::info::Info;
 use crate::cli::image::map::Map;
 use crate::cli::image::measure::Measure;
+use crate::cli::image::rebase::Rebase;
 use crate::cli::image::resize::Resize;
 use crate::cli::image::snapshot::Snapshot;
 use crate::cli::manual::{Completions, Man};
@@ -37,6 +42,16 @@ pub enum Verb {
     Resize(Resize),
     /// List, take, apply and delete internal snapshots
     Snapshot(Snapshot),
+    /// Write what an overlay holds into its backing file
+    Commit(Commit),
+    /// Give an overlay another backing file
+    Rebase(Rebase),
+    /// Change the version and other properties of an image
+    Amend(Amend),
+    /// Add, remove, clear, enable, disable and merge dirty bitmaps
+    Bitmap(Bitmap),
+    /// Copy a part of a disk into a new image
+    Dd(Dd),
     /// Ask a running daemon something, or change its disk
     Ctl(ctl::Arguments),
     /// Write manual pages, one for each verb, into a directory
@@ -72,6 +87,11 @@ impl Verb {
             Self::Create(verb) => finish(verb.run(), 1),
             Self::Resize(verb) => finish(verb.run(), 1),
             Self::Snapshot(verb) => finish(verb.run(), 1),
+            Self::Commit(verb) => finish(verb.run(), 1),
+            Self::Rebase(verb) => finish(verb.run(), 1),
+            Self::Amend(verb) => finish(verb.run(), 1),
+            Self::Bitmap(verb) => finish(verb.run(), 1),
+            Self::Dd(verb) => finish(verb.run(), 1),
             Self::Ctl(call) => finish(ctl::run(call).map(|result| printed(&result)), 1),
             Self::Man(verb) => finish(verb.run(), 1),
             Self::Completions(verb) => finish(verb.run(), 1),

@@ -1,14 +1,19 @@
 //! The image tool: qemu-img's verbs over the same image layer that the daemon serves from. Each
 //! verb is a thin file here; what it does with images is in [`crate::image`].
 
+pub(super) mod amend;
+pub(super) mod bitmap;
 pub(super) mod check;
+pub(super) mod commit;
 pub(super) mod compare;
 pub(super) mod create;
+pub(super) mod dd;
 mod human;
 pub(super) mod info;
 pub(super) mod map;
 pub(super) mod measure;
 mod options;
+pub(super) mod rebase;
 pub(super) mod resize;
 pub(super) mod snapshot;
 

@@ -118,7 +118,11 @@ fn refuse<T>(name: &str, why: impl Into<Box<str>>) -> Result<T> {
     Err(Error::refused(format!("option {name}"), why))
 }
 
-fn switch(name: &str, value: &str) -> Result<bool> {
+/// What an option that is on or off says.
+///
+/// # Errors
+/// `Refused` when it says neither.
+pub(super) fn switch(name: &str, value: &str) -> Result<bool> {
     match value {
         "on" | "yes" | "true" | "y" => Ok(true),
         "off" | "no" | "false" | "n" => Ok(false),
@@ -127,7 +131,7 @@ fn switch(name: &str, value: &str) -> Result<bool> {
 }
 
 /// The words between commas; two commas are one of the word.
-fn words(text: &str) -> Vec<String> {
+pub(super) fn words(text: &str) -> Vec<String> {
     let mut words = vec![String::new()];
     let mut letters = text.chars().peekable();
     while let Some(letter) = letters.next() {
