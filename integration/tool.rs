@@ -4,8 +4,12 @@
 //!
 //! [`DIFFERENCES`] lists where the two may disagree, and why.
 
+#[path = "tool/bits.rs"]
+mod bits;
 #[path = "tool/corpus.rs"]
 mod corpus;
+#[path = "tool/edits.rs"]
+mod edits;
 #[path = "tool/readme.rs"]
 mod readme;
 
@@ -508,7 +512,9 @@ fn every_verb_has_a_manual_page_with_examples_and_shells_complete_it() {
     fs::create_dir(scratch.file("man")).expect("a directory");
     pair.done(&["man", "man"]);
     let script = pair.done(&["completions", "bash"]);
-    for verb in ["info", "check", "map", "measure", "compare", "create", "resize", "snapshot"] {
+    let verbs =
+        "info check map measure compare create resize snapshot commit rebase amend bitmap dd";
+    for verb in verbs.split(' ') {
         let page = scratch.file("man").join(format!("vhost-user-qcow2-{verb}.1"));
         let page = fs::read_to_string(page).expect("a page");
         assert!(page.contains("Examples:"), "{page}");

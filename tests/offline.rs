@@ -5,6 +5,8 @@
 mod cuts;
 #[path = "offline/disk.rs"]
 mod disk;
+#[path = "offline/edits.rs"]
+mod edits;
 #[path = "offline/faults.rs"]
 mod faults;
 #[path = "offline/hostile.rs"]
