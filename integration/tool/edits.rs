@@ -109,11 +109,15 @@ fn a_commit_goes_into_raw_files_and_past_snapshots() {
     pair.done(&["bitmap", "--add", "top.qcow2", "b"]);
     qemu_io(&scratch.file("top.qcow2"), &["write -P 2 1M 100k"]);
     keep(&pair, "top.qcow2", "before.raw");
-    assert_eq!(pair.done(&["commit", "top.qcow2"]), "Image committed.\n");
+    let said = pair.done(&["commit", "-p", "top.qcow2"]);
+    assert!(said.starts_with("    (0.00/100%)\r"), "{said:?}");
+    assert!(said.ends_with("    (100.00/100%)\r\nImage committed.\n"), "{said:?}");
     let bytes = [fs::read(scratch.file("base.raw")), fs::read(scratch.file("before.raw"))];
     let [base, before] = bytes.map(|bytes| bytes.expect("a raw image"));
     assert!(base == before, "what was committed differs");
     assert_sound(&pair, "top.qcow2");
+    // A snapshot that is applied would make the bitmap wrong.
+    pair.done(&["bitmap", "--remove", "top.qcow2", "b"]);
     pair.done(&["snapshot", "-a", "one", "top.qcow2"]);
     qemu_io(&scratch.file("top.qcow2"), &["read -P 1 1M 1M"]);
     let output = pair.ours(&["commit", "-f", "raw", "base.raw"]);
@@ -127,13 +131,15 @@ fn a_commit_goes_into_raw_files_and_past_snapshots() {
 
 #[test]
 fn a_rebased_disk_holds_what_it_held() {
-    for layout in LAYOUTS {
-        for (new, length) in [
+    for (number, layout) in LAYOUTS.into_iter().enumerate() {
+        let targets = [
             (Some(("other.qcow2", "qcow2")), SIZE),
-            (Some(("short.raw", "raw")), 2 << 20),
             (Some(("base.qcow2", "qcow2")), SIZE),
             (None, 0),
-        ] {
+            (Some(("short.raw", "raw")), 2 << 20),
+        ];
+        // Two for each layout, every pair of neighbours somewhere.
+        for (new, length) in [targets[number % 4], targets[(number + 1) % 4]] {
             let scratch = Scratch::new("tool-rebase");
             let pair = Pair(scratch.directory());
             chain(scratch.directory(), layout, [6 << 20, 8 << 20, SIZE]);

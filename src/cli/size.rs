@@ -1,14 +1,25 @@
 //! Sizes as people write them.
 
+/// The largest offset in a file.
+const LIMIT: u64 = i64::MAX.unsigned_abs();
 /// The suffixes, each 1024 times the one before.
 const SUFFIXES: &str = "KMGTPE";
 
-/// The bytes that `text` stands for: a number with an optional suffix K, M, G, T, P or E, as
-/// qemu-img takes it, rounded up to whole sectors of 512 bytes.
+/// A disk's size that `text` stands for: as [`number`], rounded up to whole sectors of 512 bytes.
 ///
 /// # Errors
 /// When it is no such text, or too large.
 pub fn parse(text: &str) -> Result<u64, String> {
+    let bytes = number(text)?.checked_next_multiple_of(512).filter(|bytes| *bytes <= LIMIT);
+    bytes.ok_or_else(|| format!("{text} is too large"))
+}
+
+/// The number that `text` stands for: digits with an optional suffix K, M, G, T, P or E, as qemu-img
+/// takes it.
+///
+/// # Errors
+/// When it is no such text, or too large.
+pub fn number(text: &str) -> Result<u64, String> {
     let wrong = || format!("{text:?} is no size; write bytes, or a number with K, M, G or T");
     let end = text.find(|letter: char| !letter.is_ascii_digit()).unwrap_or(text.len());
     let (digits, suffix) = text.split_at(end);
@@ -22,15 +33,19 @@ pub fn parse(text: &str) -> Result<u64, String> {
         }
         _ => return Err(wrong()),
     };
-    let bytes = number.checked_mul(1 << shift);
-    let bytes = bytes.and_then(|bytes| bytes.checked_next_multiple_of(512));
-    let limit = i64::MAX.unsigned_abs();
-    bytes.filter(|bytes| *bytes <= limit).ok_or_else(|| format!("{text} is too large"))
+    let bytes = number.checked_mul(1 << shift).filter(|bytes| *bytes <= LIMIT);
+    bytes.ok_or_else(|| format!("{text} is too large"))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn numbers_are_not_rounded() {
+        assert_eq!((number("3"), number("3k")), (Ok(3), Ok(3072)));
+        number("3x").expect_err("no number");
+    }
 
     #[test]
     fn sizes_are_read_as_qemu_img_reads_them() {

@@ -75,7 +75,7 @@ fn backing(name: &str, format: &str) -> HeaderChange {
 }
 
 fn options(cluster_bits: u32, version: u32) -> CreateOptions {
-    CreateOptions { cluster_bits, version, ..CreateOptions::new(1 << 16) }
+    CreateOptions { cluster_bits, version, ..CreateOptions::new(1 << 14) }
 }
 
 #[test]

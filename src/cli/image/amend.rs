@@ -4,7 +4,8 @@ use std::path::{Path, PathBuf};
 
 use clap::Args;
 
-use crate::cli::image::options::{preallocation, switch, words};
+use crate::cli::image::options::{switch, words};
+use crate::cli::image::steps::Steps;
 use crate::cli::image::{Opening, Tool, print};
 use crate::cli::size;
 use crate::error::{Error, Result};
@@ -12,9 +13,8 @@ use crate::image;
 use crate::image::amend::amend;
 use crate::image::inspect::inspect;
 use crate::qcow2::Amend as Change;
-use crate::qcow2::create::Preallocation;
 use crate::qcow2::format::AUTOCLEAR_RAW_DATA;
-use crate::qcow2::header::{Compression, Header};
+use crate::qcow2::header::Header;
 
 /// Every option with what it means.
 const HELP: &str = "\
@@ -25,8 +25,7 @@ Supported options:
   data_file=<str>         - name of the external data file
   lazy_refcounts=<bool>   - refcounts are written late
   size=<size>             - size of the disk, which may only grow
-All other options of create are those of a new image: they are taken when they say what is so
-already.
+All other options of create are chosen when an image is made.
 ";
 
 const EXAMPLES: &str = "\
@@ -51,6 +50,9 @@ pub struct Amend {
     /// What it becomes, `name=value,...`; `-o help` lists the options
     #[arg(long, short, value_name = "OPTIONS", required = true)]
     options: Vec<String>,
+
+    #[command(flatten)]
+    steps: Steps,
 
     /// Print errors only, which is all there is to print
     #[arg(long, short)]
@@ -85,13 +87,14 @@ impl Amend {
         if change != Change::default() {
             let (tool, options) = (Tool::new()?, self.opening.options());
             let (st, source) = (&*tool.engine, &*tool.files);
-            tool.run(amend(st, source, path, &options, &change, |_, _| {}))?;
+            tool.run(amend(st, source, path, &options, &change, self.steps.teller()))?;
         }
         if let Some(size) = size {
             let (tool, options) = (Tool::new()?, self.opening.options());
             let (st, source) = (&*tool.engine, &*tool.files);
             tool.run(image::resize(st, source, path, &options, (size, false)))?;
         }
+        self.steps.finish();
         Ok(0)
     }
 
@@ -129,17 +132,12 @@ fn set(change: &mut Change, name: &str, value: &str) -> Result<bool> {
     Ok(true)
 }
 
-/// Takes an option of `create` that says what is so already.
+/// Takes what says what is so already, of what cannot be changed.
 fn stays(header: &Header, name: &str, value: &str) -> Result<()> {
-    let bytes = || size::parse(value).map_err(|why| Error::refused(format!("option {name}"), why));
-    let zstd = header.compression == Compression::Zstd;
     let same = match name {
-        "cluster_size" => bytes()? == header.geometry.cluster_size(),
         "refcount_bits" => value.parse() == Ok(1_u32 << header.geometry.refcount_order),
-        "extended_l2" => switch(name, value)? == header.geometry.rules.extended,
-        "compression_type" => value == if zstd { "zstd" } else { "zlib" },
         "data_file_raw" => switch(name, value)? == (header.autoclear & AUTOCLEAR_RAW_DATA != 0),
-        "preallocation" => preallocation(value) == Some(Preallocation::Off),
+        "cluster_size" | "extended_l2" | "compression_type" | "preallocation" => false,
         _ => return refuse(name, "there is no such option; -o help lists them"),
     };
     if same {

@@ -37,7 +37,7 @@ pub struct Bitmap {
     actions: Actions,
 
     /// How many bytes of the disk one bit of a new bitmap stands for
-    #[arg(long, short, value_name = "SIZE", value_parser = size::parse)]
+    #[arg(long, short, value_name = "SIZE", value_parser = size::number)]
     granularity: Option<u64>,
 
     /// The image whose bitmap is merged

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use clap::Args;
 
+use crate::cli::image::steps::Steps;
 use crate::cli::image::{Opening, Tool, print};
 use crate::error::Result;
 use crate::image::commit::{self, Commit as How};
@@ -35,6 +36,9 @@ pub struct Commit {
     #[arg(long, short = 'd')]
     drop: bool,
 
+    #[command(flatten)]
+    steps: Steps,
+
     /// Print errors only
     #[arg(long, short)]
     quiet: bool,
@@ -56,7 +60,8 @@ impl Commit {
             .map(|base| if base.exists() { base.clone() } else { beside.join(base) });
         let how = How { base: base.as_deref(), keep: self.drop };
         let (st, source) = (&*tool.engine, &*tool.files);
-        tool.run(commit::commit(st, source, &self.image, &options, how, |_, _| {}))?;
+        tool.run(commit::commit(st, source, &self.image, &options, how, self.steps.teller()))?;
+        self.steps.finish();
         if !self.quiet {
             print("Image committed.\n")?;
         }

@@ -111,7 +111,7 @@ fn parse(operands: &[String]) -> Result<Operands> {
         let Some((name, value)) = operand.split_once('=') else {
             return Err(refuse(format!("{operand:?} is no operand; they look like if=FILE")));
         };
-        let number = || size::parse(value).map_err(|why| refuse(format!("{name}: {why}")));
+        let number = || size::number(value).map_err(|why| refuse(format!("{name}: {why}")));
         match name {
             "if" => from = Some(PathBuf::from(value)),
             "of" => to = Some(PathBuf::from(value)),

@@ -16,6 +16,7 @@ mod options;
 pub(super) mod rebase;
 pub(super) mod resize;
 pub(super) mod snapshot;
+mod steps;
 
 use std::io::{ErrorKind, Write};
 use std::path::PathBuf;

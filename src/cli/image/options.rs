@@ -64,18 +64,19 @@ impl Layout {
     /// Sets one option; false when it is not known.
     fn set(&mut self, name: &str, value: &str) -> Result<bool> {
         let wrong = |why: &str| refuse(name, format!("{value:?} is no {why}"));
-        let bytes =
-            || size::parse(value).map_err(|why| Error::refused(format!("option {name}"), why));
+        let sized = |bytes: std::result::Result<u64, String>| {
+            bytes.map_err(|why| Error::refused(format!("option {name}"), why))
+        };
         let options = &mut self.options;
         match name {
-            "size" => self.size = Some(bytes()?),
+            "size" => self.size = Some(sized(size::parse(value))?),
             "backing_file" => options.backing = Some(value.to_owned()),
             "backing_fmt" => options.backing_format = Some(value.to_owned()),
             "data_file" => options.data_file = Some(value.to_owned()),
             "data_file_raw" => options.data_file_raw = switch(name, value)?,
             "extended_l2" => options.extended_l2 = switch(name, value)?,
             "lazy_refcounts" => options.lazy_refcounts = switch(name, value)?,
-            "cluster_size" => match bytes()? {
+            "cluster_size" => match sized(size::number(value))? {
                 cluster if cluster.is_power_of_two() => options.cluster_bits = cluster.ilog2(),
                 _ => return wrong("power of two"),
             },
@@ -172,6 +173,7 @@ mod tests {
         for (text, name) in [
             ("clustersize=64k", "clustersize"),
             ("cluster_size=3k", "cluster_size"),
+            ("cluster_size=500", "cluster_size"),
             ("refcount_bits=7", "refcount_bits"),
             ("compat=2", "compat"),
             ("lazy_refcounts=maybe", "lazy_refcounts"),

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use clap::Args;
 
 use crate::cli::ImageFormat;
+use crate::cli::image::steps::Steps;
 use crate::cli::image::{Opening, Tool};
 use crate::error::{Error, Result};
 use crate::image::rebase::{self, NewBacking};
@@ -45,6 +46,9 @@ pub struct Rebase {
     #[arg(long, short)]
     compress: bool,
 
+    #[command(flatten)]
+    steps: Steps,
+
     /// Print errors only, which is all there is to print
     #[arg(long, short)]
     quiet: bool,
@@ -71,7 +75,8 @@ impl Rebase {
         if self.trust {
             tool.run(rebase::rebase_unsafe(st, source, path, &options, &new))?;
         } else {
-            tool.run(rebase::rebase(st, source, path, &options, &new, |_, _| {}))?;
+            tool.run(rebase::rebase(st, source, path, &options, &new, self.steps.teller()))?;
+            self.steps.finish();
         }
         Ok(0)
     }
