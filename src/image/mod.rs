@@ -6,6 +6,7 @@
 //! in one go, and the mapping is changed last.
 
 pub mod amend;
+pub mod blocking;
 mod chain;
 pub mod commit;
 pub mod compare;
@@ -13,6 +14,7 @@ mod compress;
 pub mod dd;
 pub mod describe;
 mod erase;
+mod explicit;
 pub mod gate;
 mod hints;
 pub mod inspect;
@@ -35,6 +37,7 @@ use crate::raw::Raw;
 use crate::storage::{Buf, Op, Purpose, Storage};
 use crate::sync::Arc;
 
+pub use explicit::LayerFiles;
 pub use gate::{Format, OpenOptions, create};
 pub use offline::{apply_snapshot, create_snapshot, delete_snapshot, resize, snapshots};
 pub use policy::Policy;
