@@ -30,6 +30,7 @@
 //!   durable before which others.
 //! - [`image`]: the chain of layers as one disk: read, write, discard, write-zeroes, flush; and
 //!   the gate that decides which other files a header may have opened.
+//! - [`inside`]: what the guest keeps on the disk: partition tables, and files in file systems.
 //! - [`blk`]: the virtio-blk device: its configuration, requests taken apart and served.
 //! - [`worker`]: one thread's rings and tasks; [`worker::Worker::turn`] is the whole of its life.
 //! - [`vhost`]: the socket, the front-end's messages, guest memory.
@@ -60,6 +61,7 @@ pub mod cli;
 pub mod error;
 pub mod exec;
 pub mod image;
+pub mod inside;
 pub mod qcow2;
 pub mod raw;
 pub mod storage;

@@ -17,7 +17,7 @@ const LAYERS: [&[&str]; 9] = [
     &["cli"],
     &["vhost"],
     &["worker"],
-    &["blk"],
+    &["blk", "inside"],
     &["image"],
     &["qcow2", "raw"],
     &["storage"],
@@ -25,12 +25,13 @@ const LAYERS: [&[&str]; 9] = [
 ];
 
 /// Crates that only some places may name: files or directories below `src`.
-const CONFINED: [(&[&str], &[&str]); 2] = [
+const CONFINED: [(&[&str], &[&str]); 3] = [
     (
         &["vm_memory", "virtio_queue", "virtio_bindings", "vhost", "vhost_user_backend"],
         &["vhost/", "worker/", "blk/", "storage/buf.rs"],
     ),
     (&["io_uring", "libc"], &["storage/", "worker/"]),
+    (&["gptman", "ext4_view", "fatfs"], &["inside/"]),
 ];
 
 /// The files that may hold unsafe code; each says so in its first line.

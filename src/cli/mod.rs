@@ -4,6 +4,7 @@ mod attach;
 mod control;
 pub mod ctl;
 mod image;
+mod inside;
 pub mod logging;
 mod manual;
 pub mod packaging;

@@ -21,6 +21,11 @@ use crate::cli::image::measure::Measure;
 use crate::cli::image::rebase::Rebase;
 use crate::cli::image::resize::Resize;
 use crate::cli::image::snapshot::Snapshot;
+use crate::cli::inside::cat::Cat;
+use crate::cli::inside::copy_out::CopyOut;
+use crate::cli::inside::ls::Ls;
+use crate::cli::inside::partitions::Partitions;
+use crate::cli::inside::stat::Stat;
 use crate::cli::manual::{Completions, Man};
 
 /// A verb with its arguments.
@@ -52,6 +57,16 @@ pub enum Verb {
     Bitmap(Bitmap),
     /// Copy a part of a disk into a new image
     Dd(Dd),
+    /// Tell what partitions a disk has, or make a partition table
+    Partitions(Partitions),
+    /// List files inside a disk
+    Ls(Ls),
+    /// Print a file inside a disk
+    Cat(Cat),
+    /// Tell what is known of a file inside a disk
+    Stat(Stat),
+    /// Copy files from inside a disk to the host
+    CpOut(CopyOut),
     /// Ask a running daemon something, or change its disk
     Ctl(ctl::Arguments),
     /// Write manual pages, one for each verb, into a directory
@@ -92,6 +107,11 @@ impl Verb {
             Self::Amend(verb) => finish(verb.run(), 1),
             Self::Bitmap(verb) => finish(verb.run(), 1),
             Self::Dd(verb) => finish(verb.run(), 1),
+            Self::Partitions(verb) => finish(verb.run(), 1),
+            Self::Ls(verb) => finish(verb.run(), 1),
+            Self::Cat(verb) => finish(verb.run(), 1),
+            Self::Stat(verb) => finish(verb.run(), 1),
+            Self::CpOut(verb) => finish(verb.run(), 1),
             Self::Ctl(call) => finish(ctl::run(call).map(|result| printed(&result)), 1),
             Self::Man(verb) => finish(verb.run(), 1),
             Self::Completions(verb) => finish(verb.run(), 1),

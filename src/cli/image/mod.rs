@@ -61,6 +61,13 @@ pub(super) struct Sharing {
     force_share: bool,
 }
 
+impl Sharing {
+    /// Whether to look without a lock.
+    pub(super) fn force_share(self) -> bool {
+        self.force_share
+    }
+}
+
 /// What a verb prints.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(super) enum Output {
@@ -72,7 +79,7 @@ pub(super) enum Output {
 
 impl Opening {
     /// What the image layer is told.
-    fn options(&self) -> OpenOptions {
+    pub(super) fn options(&self) -> OpenOptions {
         OpenOptions {
             format: self.format.map(Format::from),
             read_only: self.read_only,
@@ -83,7 +90,7 @@ impl Opening {
     }
 
     /// The same for an image that is only looked at.
-    fn looking(&self) -> OpenOptions {
+    pub(super) fn looking(&self) -> OpenOptions {
         OpenOptions { read_only: true, ..self.options() }
     }
 }
@@ -132,7 +139,7 @@ pub(super) fn print(text: &str) -> Result<()> {
 }
 
 /// Writes JSON as qemu-img does, indented.
-fn print_json(value: &serde_json::Value) -> Result<()> {
+pub(super) fn print_json(value: &serde_json::Value) -> Result<()> {
     print(&format!("{value:#}\n"))
 }
 
