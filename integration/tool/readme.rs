@@ -3,11 +3,12 @@
 //! They are the indented lines of the section "The image tool": commands of a shell, in one
 //! directory, in the order of the text. Every verb that `--help` lists has one.
 
+use std::ffi::OsStr;
 use std::path::Path;
 use std::process::Command;
 
 use integration::daemon::program;
-use integration::scratch::Scratch;
+use integration::scratch::{Scratch, target_directory};
 
 const README: &str = include_str!("../../README.md");
 /// The section with the examples.
@@ -53,21 +54,42 @@ fn install(directory: &Path) -> std::ffi::OsString {
     std::env::join_paths(all).expect("paths without colons")
 }
 
+/// Runs a script of a shell, which must succeed.
+fn run(directory: &Path, path: &OsStr, script: &str) {
+    let output = Command::new("sh")
+        .args(["-euc", script])
+        .current_dir(directory)
+        .env("PATH", path)
+        .env_remove("RUST_LOG")
+        .output()
+        .expect("a shell");
+    let said = [&output.stdout[..], &output.stderr[..]].map(String::from_utf8_lossy).concat();
+    assert!(output.status.success(), "{script} ({}): {said}", output.status);
+}
+
+/// Makes the image of a distribution that the examples look into: a Debian root in the first
+/// partition of a disk.
+fn provide_debian(directory: &Path, path: &OsStr) {
+    let root = target_directory().join("guest/root.raw");
+    assert!(root.exists(), "{} is missing: run .ci/setup first", root.display());
+    let script = format!(
+        "truncate -s $(($(stat -c %s {root}) + (4 << 20))) debian.raw
+        {NAME} partitions -f raw --create gpt --add name=root debian.raw
+        dd if={root} of=debian.raw bs=1M seek=1 conv=notrunc,sparse status=none
+        qemu-img convert -f raw -O qcow2 debian.raw debian.qcow2",
+        root = root.display()
+    );
+    run(directory, path, &script);
+}
+
 #[test]
 fn every_verb_has_an_example_in_the_readme_and_every_example_works() {
     let (scratch, programs) = (Scratch::new("tool-readme"), Scratch::new("tool-programs"));
     let path = install(&programs.file("bin"));
     let examples = examples();
+    provide_debian(scratch.directory(), &path);
     for command in &examples {
-        let output = Command::new("sh")
-            .args(["-euc", command])
-            .current_dir(scratch.directory())
-            .env("PATH", &path)
-            .env_remove("RUST_LOG")
-            .output()
-            .expect("a shell");
-        let said = [&output.stdout[..], &output.stderr[..]].map(String::from_utf8_lossy).concat();
-        assert!(output.status.success(), "{command} ({}): {said}", output.status);
+        run(scratch.directory(), &path, command);
     }
     let verbs = verbs();
     eprintln!("{} examples of {} verbs", examples.len(), verbs.len());

@@ -95,7 +95,7 @@ pub fn known() -> impl Iterator<Item = (&'static str, &'static str)> {
 
 fn find(text: &str) -> Option<&'static Named> {
     let same = |name: &&str| name.eq_ignore_ascii_case(text);
-    NAMED.iter().find(|named| named.names.iter().any(|name| same(name)))
+    NAMED.iter().find(|named| named.names.iter().any(same))
 }
 
 /// The GUID that `text`, a name or a GUID itself, stands for.
