@@ -387,7 +387,9 @@ fn any_bytes_are_refused_or_give_heads_of_the_ring() {
                 taken += recovered.replay.len();
                 let heads: BTreeSet<u16> = recovered.replay.iter().copied().collect();
                 assert_eq!(heads.len(), recovered.replay.len());
-                assert!(heads.iter().all(|head| *head < size) && heads.len() <= waiting.into());
+                assert!(
+                    heads.iter().all(|head| *head < size) && heads.len() <= usize::from(waiting)
+                );
             }
         }
     }
