@@ -45,6 +45,10 @@ fn ranges(image: &[u8], table: usize, entries: usize) -> Vec<(u64, u64)> {
     let mut number = 0;
     for entry in (0..entries).map(|index| word(image, table + index * 8, 8)) {
         let at = usize::try_from(entry & OFFSET_MASK).expect("a small file");
+        if at == 0 && entry & 1 == 0 {
+            number += 8 * cluster as u64;
+            continue;
+        }
         for step in 0..cluster {
             let byte = match (at, entry & 1) {
                 (0, 0) => 0,
@@ -52,6 +56,10 @@ fn ranges(image: &[u8], table: usize, entries: usize) -> Vec<(u64, u64)> {
                 // The file may end inside its last cluster.
                 _ => image.get(at + step).copied().unwrap_or(0),
             };
+            if byte == 0 {
+                number += 8;
+                continue;
+            }
             for bit in 0..8 {
                 if byte >> bit & 1 == 1 {
                     match ranges.last_mut() {

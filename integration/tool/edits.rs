@@ -236,7 +236,9 @@ fn what_is_amended_is_what_qemu_img_amends() {
         ("cluster_size=512", false, &["compat=0.10", "size=12M", "compat=1.1"]),
         ("extended_l2=on", true, &["lazy_refcounts=on", "compat=0.10", "cluster_size=64k"]),
         ("refcount_bits=64", false, &["compat=0.10", "compat=0.10,refcount_bits=64", "nonsense=1"]),
-        ("compression_type=zstd", false, &["compat=0.10", "compression_type=zlib"]),
+        // That program makes version 2 of it, which forgets how clusters are compressed; here that
+        // is refused.
+        ("compression_type=zstd", false, &["compression_type=zlib", "lazy_refcounts=on"]),
         ("data_file=some.data", false, &["compat=0.10", "data_file_raw=on", "lazy_refcounts=on"]),
     ] {
         let base = "backing_file=base.qcow2,backing_fmt=qcow2";
@@ -314,7 +316,7 @@ fn bitmaps_are_changed_as_by_qemu_img() {
         ("", SIZE),
         ("cluster_size=512", SIZE),
         ("extended_l2=on", SIZE),
-        ("cluster_size=2M", 1 << 30),
+        ("cluster_size=2M", 64 << 20),
     ] {
         for scratch in [&ours, &theirs] {
             create(&scratch.file("disk.qcow2"), "qcow2", options, size);
@@ -395,6 +397,9 @@ fn what_dd_copies_is_what_qemu_img_copies() {
         let sizes =
             ["ours", "theirs"].map(|name| described(&pair, name, format)["virtual-size"].clone());
         assert_eq!(sizes[0], sizes[1], "{operands:?}");
+        let lengths =
+            ["ours", "theirs"].map(|name| scratch.file(name).metadata().expect("it").len());
+        assert!(format == "qcow2" || lengths[0] == lengths[1], "{operands:?}: {lengths:?}");
         if format == "qcow2" {
             assert_sound(&pair, "ours");
         }

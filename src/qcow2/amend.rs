@@ -102,13 +102,13 @@ impl Qcow2 {
             return Ok(());
         }
         let needs = [
-            (INCOMPATIBLE_DATA_FILE, "an external data file"),
-            (INCOMPATIBLE_COMPRESSION, "a compression type other than zlib"),
-            (INCOMPATIBLE_EXTENDED_L2, "extended L2 entries"),
+            (INCOMPATIBLE_DATA_FILE, "that there is an external data file"),
+            (INCOMPATIBLE_COMPRESSION, "that clusters are compressed by zstd"),
+            (INCOMPATIBLE_EXTENDED_L2, "that L2 entries are extended"),
         ];
         for (bit, what) in needs {
             if self.header.incompatible & bit != 0 {
-                let why = format!("version 2 (compat=0.10) has no {what}; convert the image");
+                let why = format!("version 2 (compat=0.10) cannot say {what}; convert the image");
                 return Err(Error::refused("amend", why));
             }
         }

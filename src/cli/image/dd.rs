@@ -79,7 +79,8 @@ impl Dd {
 
     /// Makes the new image and copies into it.
     fn make(&self, from: &Path, to: &Path, range: std::ops::Range<u64>) -> Result<()> {
-        let size = range.end - range.start;
+        // A disk is whole sectors; what is added are zeros.
+        let size = (range.end - range.start).next_multiple_of(512);
         let format = Format::from(self.output_format);
         let new = NewImage {
             format,
