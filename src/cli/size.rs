@@ -14,8 +14,8 @@ pub fn parse(text: &str) -> Result<u64, String> {
     bytes.ok_or_else(|| format!("{text} is too large"))
 }
 
-/// The number that `text` stands for: digits with an optional suffix K, M, G, T, P or E, as qemu-img
-/// takes it.
+/// The number that `text` stands for: digits with an optional suffix K, M, G, T, P or E, as
+/// qemu-img takes it.
 ///
 /// # Errors
 /// When it is no such text, or too large.
