@@ -8,10 +8,10 @@
 //!
 //! [`Tracker`] is the state; `directory` parses, `bits` holds the bits, `load` and `store` move
 //! them; `distrust` is for a repair that takes bytes from the guest, and `edit` for those who
-//! choose which bitmaps there are. The bits of all bitmaps take at most [`MEMORY_LIMIT`] bytes. A bitmap
-//! that does not fit, or that is of a kind not known, is marked as in use and stays so; a directory
-//! that contradicts itself makes all bitmaps invalid, by their autoclear bit. Both are logged, and
-//! neither is ever left stale in silence.
+//! choose which bitmaps there are. The bits of all bitmaps take at most [`MEMORY_LIMIT`] bytes. A
+//! bitmap that does not fit, or that is of a kind not known, is marked as in use and stays so; a
+//! directory that contradicts itself makes all bitmaps invalid, by their autoclear bit. Both are
+//! logged, and neither is ever left stale in silence.
 
 mod bits;
 mod directory;
