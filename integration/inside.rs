@@ -227,15 +227,18 @@ fn every_kind_of_file_system_is_read() {
         fs::remove_file(&image).expect("remove the image");
     };
     for (kind, block, more) in [
+        ("ext4", "1024", ""),
+        ("ext4", "2048", "^metadata_csum"),
+        ("ext4", "4096", ""),
         ("ext2", "1024", ""),
         ("ext2", "4096", "^dir_index"),
         ("ext3", "1024", ""),
         ("ext3", "4096", ""),
-        ("ext4", "1024", ""),
-        ("ext4", "2048", "^metadata_csum"),
-        ("ext4", "4096", ""),
         ("ext4", "4096", "^extent,^64bit"),
     ] {
+        if kind == "ext2" && block == "1024" {
+            trees::remove_holes(&unix);
+        }
         let mut words = vec!["-q", "-t", kind, "-b", block, "-d", word(&unix)];
         if !more.is_empty() {
             words.extend(["-O", more]);

@@ -62,7 +62,7 @@ fn small(scratch: &Scratch, kind: &str) -> Vec<u8> {
         let words = ["-q", "-t", kind, "-b", "1024", "-d", word(&tree)];
         system("mke2fs", &[&words[..], &features, &[word(&image), "4M"]].concat());
     } else {
-        blank(&image, 40 * MIB);
+        blank(&image, if kind == "16" { 16 } else { 40 } * MIB);
         system("mkfs.vfat", &["-F", kind, "-s", "1", word(&image)]);
         let names: Vec<_> =
             fs::read_dir(&tree).expect("read").map(|one| one.expect("one").path()).collect();
@@ -164,20 +164,17 @@ fn names_do_not_lead_outside_of_the_target() {
     }
     fs::write(tree.join("twin-BBBB/prey"), b"evil").expect("write");
     symlink(&outside, tree.join("twin-AAAA")).expect("link");
-    fs::write(tree.join("dots-dots-evil"), b"evil").expect("write");
     fs::write(tree.join("well"), b"well").expect("write");
     let words = ["-q", "-t", "ext4", "-O", "^metadata_csum,^dir_index", "-d", word(&tree)];
     system("mke2fs", &[&words[..], &[word(&image), "4M"]].concat());
-    // A directory with the name of a link that leads outside, and a name with a way up.
+    // A directory with the name of a link that leads outside.
     replace(&image, b"twin-BBBB", b"twin-AAAA");
-    replace(&image, b"dots-dots-evil", b"../../../evil\0");
     let output = ours(&["cp-out", "-R", "-f", "raw", word(&image), "/", word(&target)]);
     assert_eq!(output.status.code(), Some(1), "something was left out");
     let said = String::from_utf8_lossy(&output.stderr);
-    assert!(said.contains("second entry") && said.contains("lead elsewhere"), "{said}");
+    assert!(said.contains("second entry"), "{said}");
     assert_eq!(fs::read(target.join("well")).expect("it was copied"), b"well");
     assert_eq!(fs::read_dir(&outside).expect("read").count(), 0, "written through a link");
-    assert!(!scratch.file("evil").exists() && !scratch.file("in/evil").exists());
 
     // A link that an earlier copy has made is not gone through either.
     let again = scratch.file("again");
@@ -187,6 +184,29 @@ fn names_do_not_lead_outside_of_the_target() {
     let output = ours(&["cp-out", "-R", "-f", "raw", word(&image), "/", word(&again)]);
     assert_eq!(output.status.code(), Some(1), "refused");
     assert_eq!(fs::read_dir(&outside).expect("read").count(), 0, "written through a link");
+}
+
+#[test]
+fn a_name_with_a_way_up_is_left_out() {
+    let scratch = Scratch::new("inside-up");
+    let (image, target) = (scratch.file("image"), scratch.file("in/side"));
+    let (well, evil) = (scratch.file("WELL.TXT"), scratch.file("UPUPEVIL.TXT"));
+    fs::create_dir_all(&target).expect("make a directory");
+    blank(&image, 16 * MIB);
+    system("mkfs.vfat", &["-F", "16", "-s", "1", word(&image)]);
+    for file in [&well, &evil] {
+        fs::write(file, b"bytes").expect("write");
+        system("mcopy", &["-i", word(&image), word(file), "::"]);
+    }
+    replace(&image, b"UPUPEVILTXT", b"../../E TXT");
+    let output = ours(&["cp-out", "-R", "-f", "raw", word(&image), "/", word(&target)]);
+    assert_eq!(output.status.code(), Some(1), "something was left out");
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(said.contains("lead elsewhere"), "{said}");
+    assert_eq!(fs::read(target.join("WELL.TXT")).expect("it was copied"), b"bytes");
+    let names = |path: &Path| fs::read_dir(path).expect("read").count();
+    assert_eq!((names(&target), names(&scratch.file("in"))), (1, 1));
+    assert_eq!(names(scratch.directory()), 4, "written beside the target");
 }
 
 #[test]
@@ -206,6 +226,7 @@ fn a_chain_is_opened_by_its_files_whatever_the_header_says() {
     assert_eq!(&bytes, b"Znew\x5a");
     disk.close().expect("close");
     assert_eq!(fs::read(&base).expect("read"), vec![0x5a; 1 << 20], "the base was written to");
+    system("qemu-img", &["rebase", "-u", "-b", word(&base), "-F", "raw", word(&overlay)]);
     system("qemu-img", &["check", "-q", word(&overlay)]);
     for wrong in [
         &layers[..1],

@@ -90,7 +90,7 @@ fn partition(number: u32, entry: &GPTPartitionEntry, sector_size: u64) -> Option
     })
 }
 
-/// The first and the last byte that a new table leaves for partitions, and the count of its entries.
+/// The first and the last byte that a new table leaves for partitions.
 pub(super) fn usable(disk_size: u64, sector_size: u64) -> Option<(u64, u64)> {
     // The table takes 128 entries of 128 bytes, its header a sector, and all of it is there twice;
     // before the first copy lies the MBR.
