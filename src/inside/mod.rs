@@ -17,10 +17,13 @@
 //! let path = directory.path().join("disk.qcow2");
 //! blocking::create(&path, 64 << 20)?;
 //! let disk = Rc::new(Disk::open(&path, &OpenOptions::default())?);
-//! create_table(&disk, Label::Gpt, &[
-//!     "size=16M,type=uefi,name=boot".parse::<NewPartition>()?,
-//!     "type=linux,name=root".parse::<NewPartition>()?,
-//! ])?;
+//! let boot = NewPartition {
+//!     size: Some(16 << 20),
+//!     kind: Some("uefi".into()),
+//!     name: Some("boot".into()),
+//!     ..NewPartition::default()
+//! };
+//! create_table(&disk, Label::Gpt, &[boot, NewPartition::default()])?;
 //!
 //! let Some(Table { partitions, .. }) = read_table(&disk)? else { panic!("it has one now") };
 //! assert_eq!(partitions[0].name.as_deref(), Some("boot"));
