@@ -131,7 +131,7 @@ pub(crate) fn make(root: &Path, unix: bool) {
     write("one/two/three/four/five/six", b"deep");
     // More entries than fit one block: a tree of hashes in ext3 and ext4, a chain of clusters in a
     // FAT.
-    for number in 0..1500 {
+    for number in 0..400 {
         write(&format!("many/entry with the number {number}"), &bytes[..number % 7]);
     }
     if !unix {
