@@ -20,7 +20,7 @@ use vhost_user_qcow2::error::Result;
 use vhost_user_qcow2::exec::TaskSet;
 use vhost_user_qcow2::image::Image;
 use vhost_user_qcow2::qcow2::journal::{JOURNAL_WORDS, SharedWords};
-use vhost_user_qcow2::storage::fault::{Fault, Faults, Rule};
+use vhost_user_qcow2::storage::fault::{Fate, Fault, Faults, Rule};
 use vhost_user_qcow2::storage::mem::{MemDisk, MemEngine};
 use vhost_user_qcow2::storage::{Buf, Engine, FileId, Limits, Purpose, block_on};
 
@@ -374,6 +374,35 @@ fn a_block_device_has_room_for_tables_beside_what_is_made_again() {
     assert!(attached.expect("there is room") > 0);
     image.expect_nobody();
     assert_all_there(&host, &image);
+}
+
+#[test]
+fn a_journal_that_could_not_be_let_go_is_gone_on_with() {
+    let made = Layout::new(12, 960, Kind::Empty).make(0);
+    let (disk, words) = (made.disk(), Words::new(JOURNAL_WORDS));
+    let faults = Faults::new();
+    let engine = Fault::new(disk.engine(0, 1), faults.clone());
+    let image = open(&engine, &disk, false).expect("opening");
+    let attach = || image.attach_journal(&engine, Arc::<Words>::clone(&words));
+    assert_eq!(block_on(&engine, attach()).expect("nothing is left"), 0);
+    let write = image.write(&engine, GuestOffset(0), Buf::copy_of(&bytes_of(0, &[7])));
+    block_on(&engine, write).expect("writing");
+    block_on(&engine, image.hand_over(&engine)).expect("no flush is needed");
+    let fate = Fate::Fail(28);
+    faults.add(Rule { purpose: Some(Purpose::L2Write), nth: 1, sticky: true, fate });
+    block_on(&engine, image.detach_journal(&engine)).expect_err("nothing can be flushed");
+    // The guest's driver starts again: it can read what it has written.
+    assert_eq!(block_on(&engine, attach()).expect("it was never let go"), 0);
+    let tags = tags_of(0, &read_all(&engine, &image).expect("reading")).expect("whole sectors");
+    assert_eq!(tags[0], 7);
+    drop(image);
+    let disk = disk.kill(1);
+    let engine = disk.engine(0, 2);
+    let image = open(&engine, &disk, false).expect("opening");
+    let changes = block_on(&engine, image.attach_journal(&engine, words)).expect("it is there");
+    assert_eq!(changes, 1);
+    let tags = tags_of(0, &read_all(&engine, &image).expect("reading")).expect("whole sectors");
+    assert_eq!(tags[0], 7);
 }
 
 #[test]

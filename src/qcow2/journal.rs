@@ -225,6 +225,11 @@ impl Journal {
         Ok(Self { words, capacity, head, tail })
     }
 
+    /// Whether it lies in these words.
+    pub(super) fn is_in(&self, words: &Arc<dyn SharedWords>) -> bool {
+        Arc::ptr_eq(&self.words, words)
+    }
+
     /// The sequence number of the next record.
     pub(super) fn tail(&self) -> u64 {
         self.tail.load(Ordering::Acquire)

@@ -118,6 +118,13 @@ impl Qcow2 {
         st: &dyn Storage,
         words: Arc<dyn SharedWords>,
     ) -> Result<usize> {
+        if let Some(kept) = self.journal() {
+            // It could not be let go, perhaps because the host does not write any more.
+            if kept.is_in(&words) {
+                return Ok(0);
+            }
+            self.detach_journal(st).await?;
+        }
         self.check_poison()?;
         let left = journal::read(&*words, self.journal_identity())?;
         self.distrust_syncs();
@@ -151,16 +158,14 @@ impl Qcow2 {
     /// Flushes, empties the journal and notes nothing any more. No request is under way.
     ///
     /// # Errors
-    /// As [`Qcow2::flush`]; then what is noted stays there.
+    /// As [`Qcow2::flush`]; then what is noted stays there, and changes go on being noted.
     pub(crate) async fn detach_journal(&self, st: &dyn Storage) -> Result<()> {
         let Some(journal) = self.journal() else { return Ok(()) };
-        let flushed = self.flush(st).await;
-        if flushed.is_ok() {
-            journal.trim(journal.tail());
-        }
+        self.flush(st).await?;
+        journal.trim(journal.tail());
         self.journaling.store(false, Ordering::Release);
         *lock(&self.journal) = None;
-        flushed
+        Ok(())
     }
 
     async fn redo(&self, st: &dyn Storage, changes: &[Change]) -> Result<usize> {
