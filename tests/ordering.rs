@@ -22,6 +22,8 @@ use vhost_user_qcow2::storage::{Buf, Engine, FileId, Purpose, block_on};
 
 #[path = "ordering/create.rs"]
 mod create;
+#[path = "ordering/journal.rs"]
+mod journal;
 #[path = "ordering/lazy.rs"]
 mod lazy;
 
