@@ -110,6 +110,11 @@ impl Daemon {
         }
     }
 
+    /// How the daemon has ended, if it has.
+    pub fn ended(&mut self) -> Option<ExitStatus> {
+        self.child.try_wait().expect("ask for the daemon's state")
+    }
+
     /// Fails the test unless the daemon is still running.
     pub fn assert_alive(&mut self) {
         if let Some(status) = self.child.try_wait().expect("ask for the daemon's state") {

@@ -54,6 +54,14 @@ impl Scratch {
     }
 }
 
+impl Scratch {
+    /// The path of the socket where a daemon waits for its successor.
+    #[must_use]
+    pub fn takeover_socket(&self) -> PathBuf {
+        self.sockets.path().join("takeover.sock")
+    }
+}
+
 impl Drop for Scratch {
     fn drop(&mut self) {
         if std::thread::panicking() {

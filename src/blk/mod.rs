@@ -106,9 +106,13 @@ impl Device {
     /// The same device over a disk of no bytes, which stands in while the image is changed.
     #[must_use]
     pub fn without_image(&self) -> Self {
+        Self::of_no_bytes(self.settings.clone()).with_limiter(Arc::clone(&self.limiter))
+    }
+
+    /// A device over a disk of no bytes, which stands in until there is an image.
+    pub fn of_no_bytes(settings: Settings) -> Self {
         let nothing = Image::from_raw(Raw::new(FileId(u32::MAX), 0), true);
-        let device = Self::new(Arc::new(nothing), self.settings.clone());
-        device.with_limiter(Arc::clone(&self.limiter))
+        Self::new(Arc::new(nothing), settings)
     }
 
     /// The guest's disk, if nothing else holds it.

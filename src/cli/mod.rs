@@ -3,6 +3,7 @@
 mod attach;
 mod control;
 pub mod ctl;
+mod doors;
 mod image;
 mod inside;
 pub mod logging;
@@ -11,6 +12,7 @@ pub mod packaging;
 pub mod serve;
 pub mod size;
 pub mod socket;
+mod takeover;
 mod values;
 pub mod verb;
 
@@ -143,6 +145,11 @@ pub struct Arguments {
     /// ops for requests; a bucket of that size is refilled in that time [default: 1000]
     #[arg(long, value_name = "KEY=N,...", value_parser = rates)]
     pub rate_limit: Option<RateLimits>,
+
+    /// Take the disk over from the daemon that listens at this Unix socket, if one does, without a
+    /// guest noticing; listen there for the next one
+    #[arg(long, value_name = "PATH")]
+    pub takeover: Option<PathBuf>,
 
     /// How much to log: error, warn, info, debug or trace [default: info]; RUST_LOG overrides it
     #[arg(long, value_name = "LEVEL")]

@@ -97,18 +97,26 @@ impl Listening {
     }
 
     /// Says that front-ends can connect from now on: to systemd, and in the file for the process's
-    /// number. The file goes with what is returned.
+    /// number. The file goes with what is returned; one that a predecessor has left is taken over.
     ///
     /// # Errors
     /// When the file cannot be written.
-    pub(super) fn announce(&self) -> Result<Announced> {
-        let pidfile = self.pidfile.clone();
+    pub(super) fn announce(&self, left: Option<PathBuf>) -> Result<Announced> {
+        let own = self.pidfile.as_ref().map(std::path::absolute);
+        let own = own.transpose().map_err(|error| Error::io("--pidfile", error))?;
+        if let (Some(left), Some(own)) = (&left, &own)
+            && left != own
+        {
+            // Nobody else will remove it.
+            let _ = fs::remove_file(left);
+        }
+        let pidfile = own.or(left);
         if let Some(path) = &pidfile {
             let written = fs::write(path, format!("{}\n", std::process::id()));
             written.map_err(|error| Error::io(path.display().to_string(), error))?;
         }
         tell(NotifyState::Ready);
-        Ok(Announced { pidfile })
+        Ok(Announced { pidfile, is_told: true })
     }
 }
 
@@ -120,13 +128,34 @@ fn tell(state: NotifyState<'_>) {
 }
 
 /// The end of this is the end of the service.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub(super) struct Announced {
     pidfile: Option<PathBuf>,
+    /// The service manager was told, and must be told of the end.
+    is_told: bool,
+}
+
+impl Announced {
+    /// The file that holds the process's number.
+    pub(super) fn pidfile(&self) -> Option<&Path> {
+        self.pidfile.as_deref()
+    }
+
+    /// The service goes on in another process, which has the file now.
+    pub(super) fn leave(&mut self, successor: Option<u32>) {
+        self.pidfile = None;
+        self.is_told = false;
+        if let Some(process) = successor {
+            tell(NotifyState::MainPid(process));
+        }
+    }
 }
 
 impl Drop for Announced {
     fn drop(&mut self) {
+        if !self.is_told {
+            return;
+        }
         tell(NotifyState::Stopping);
         let Some(path) = &self.pidfile else { return };
         let own = format!("{}\n", std::process::id());
@@ -145,7 +174,7 @@ impl Origin {
         match self {
             Self::Path(path, _) => Some(path.clone()),
             Self::Inherited(Entrance::Listening(listener)) => listener.path(),
-            Self::Inherited(Entrance::Connected(_)) => None,
+            Self::Inherited(_) => None,
         }
     }
 

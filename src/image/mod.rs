@@ -352,7 +352,8 @@ impl Image {
         }
     }
 
-    /// Flushes and gives back what was only reserved. The image must not be used afterwards.
+    /// Flushes and gives back what was only reserved. Whoever uses the image after all may do so if
+    /// nobody else has written to it meanwhile, and has to close it again.
     ///
     /// # Errors
     /// As [`Image::flush`].

@@ -180,7 +180,7 @@ impl Qcow2 {
     }
 
     /// Flushes, gives back what was only reserved, and leaves no leak. Nothing else uses the image
-    /// any more.
+    /// meanwhile.
     ///
     /// # Errors
     /// As [`Qcow2::flush`].
@@ -189,6 +189,7 @@ impl Qcow2 {
             self.write_everything(st).await?;
             // Whoever writes after all has to say so again.
             self.writing.store(false, Ordering::Release);
+            self.lazy.store(self.header.is_lazy(), Ordering::Release);
         }
         Ok(())
     }

@@ -15,7 +15,7 @@ use super::stall::Outage;
 use super::threads::Pool;
 use super::{FileId, FileSource, HostRun, Limits, OpenMode, Opened, lock, sys};
 use crate::error::{Error, Result};
-use crate::sync::{Arc, AtomicU32, AtomicU64, Ordering, RwLock};
+use crate::sync::{Arc, AtomicU32, AtomicU64, Mutex, Ordering, RwLock, lock as lock_mutex};
 
 /// How files are opened.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -48,6 +48,8 @@ pub struct Files {
     pub(super) pool: Arc<Pool>,
     pub(super) locks: Arc<BlockLocks>,
     outage: Arc<Outage>,
+    /// Files that are open already and will be used instead of being opened.
+    adoptable: Mutex<Vec<File>>,
 }
 
 /// One open file.
@@ -63,6 +65,15 @@ pub(super) struct OpenFile {
     length: AtomicU64,
     /// Discards of a block device must be multiples of this many bytes; 1 for a regular file.
     pub(super) block_size: u32,
+}
+
+/// What is to be done about a file's locks.
+#[derive(Debug, Clone, Copy)]
+enum Locking {
+    /// They must be taken.
+    Needed { read_only: bool },
+    /// They came with the file.
+    Held,
 }
 
 /// Something a file's host cannot do, found out by trying.
@@ -159,12 +170,41 @@ impl Files {
             pool: Pool::new(),
             locks: BlockLocks::new(),
             outage: Arc::default(),
+            adoptable: Mutex::default(),
         })
     }
 
     /// What the engines know of a lack of space.
     pub fn outage(&self) -> &Arc<Outage> {
         &self.outage
+    }
+
+    /// Lets [`FileSource::open`] use these files, which another table has or had open, where they
+    /// are the ones it would open. Locks belong to what is open and not to who has it: they are
+    /// held all the time. They are not taken again, because somebody who tries to get them at this
+    /// moment would be seen as in the way.
+    pub fn adopt(&self, files: Vec<File>) {
+        *lock_mutex(&self.adoptable) = files;
+    }
+
+    /// Copies of the descriptors of all open files, for [`Files::adopt`].
+    ///
+    /// # Errors
+    /// When the process has no descriptors left.
+    pub fn descriptors(&self) -> io::Result<Vec<File>> {
+        let table = self.table.read().unwrap_or_else(std::sync::PoisonError::into_inner);
+        table.iter().map(|open| open.file.try_clone()).collect()
+    }
+
+    /// A file to use instead of opening the one that has this identity.
+    fn adoptable(&self, wanted: (u64, u64), read_only: bool) -> Option<File> {
+        let mut files = lock_mutex(&self.adoptable);
+        let fits = |file: &File| {
+            file.metadata().is_ok_and(|metadata| identity(&metadata) == wanted)
+                && sys::is_read_only(file).is_ok_and(|is| is == read_only)
+        };
+        let place = files.iter().position(fits)?;
+        Some(files.swap_remove(place))
     }
 
     /// What a file is called: the path it was opened by.
@@ -179,7 +219,7 @@ impl Files {
         self.options
     }
 
-    fn finish_open(&self, file: File, path: &Path, read_only: bool) -> Result<Opened> {
+    fn finish_open(&self, file: File, path: &Path, locking: Locking) -> Result<Opened> {
         let name = path.display();
         let failed = |what: &str, error| Error::io(format!("{name}: cannot {what}"), error);
         let metadata = file.metadata().map_err(|error| failed("inspect", error))?;
@@ -191,7 +231,7 @@ impl Files {
                 failed("set up", error)
             }
         })?;
-        if self.options.lock {
+        if let (true, Locking::Needed { read_only }) = (self.options.lock, locking) {
             lock::acquire(&file, path, read_only)?;
         }
         let device = metadata.file_type().is_block_device();
@@ -276,17 +316,22 @@ impl FileSource for Files {
         let how = if mode.read_only { "for reading" } else { "for reading and writing" };
         let failed = |error| Error::io(format!("cannot open {} {how}", path.display()), error);
         // Opening alone can do things to a device, and a pipe would wait for its other end.
-        check_type(fs::metadata(path).map_err(failed)?.file_type(), path)?;
+        let metadata = fs::metadata(path).map_err(failed)?;
+        check_type(metadata.file_type(), path)?;
+        if let Some(file) = self.adoptable(identity(&metadata), mode.read_only) {
+            return self.finish_open(file, path, Locking::Held);
+        }
         let mut options = OpenOptions::new();
         options.read(true).write(!mode.read_only).custom_flags(libc::O_NONBLOCK);
         let file = options.open(path).map_err(failed)?;
-        self.finish_open(file, path, mode.read_only)
+        self.finish_open(file, path, Locking::Needed { read_only: mode.read_only })
     }
 
     fn create(&self, path: &Path) -> Result<Opened> {
         let file = OpenOptions::new().read(true).write(true).create_new(true).open(path);
         let failed = |error| Error::io(format!("cannot create {}", path.display()), error);
-        let opened = self.finish_open(file.map_err(failed)?, path, false);
+        let opened =
+            self.finish_open(file.map_err(failed)?, path, Locking::Needed { read_only: false });
         if opened.is_err() {
             // Best effort: the error that matters is the first one.
             let _ = fs::remove_file(path);
@@ -430,6 +475,27 @@ mod tests {
                 block_on(&*engine, engine.submit(id, Purpose::GuestWrite, op)).expect("write");
             }
         }
+    }
+
+    #[test]
+    fn a_file_that_is_open_is_adopted_with_its_locks() {
+        let file = tempfile::NamedTempFile::new().expect("a file");
+        let first = Files::new(Options::default());
+        first.open(file.path(), WRITABLE).expect("nobody has it");
+        let second = Files::new(Options::default());
+        second.open(file.path(), WRITABLE).expect_err("the first has it");
+        second.adopt(first.descriptors().expect("copies"));
+        let read_only = OpenMode { read_only: true, backing: false };
+        second.open(file.path(), read_only).expect_err("what is open is open for writing");
+        second.open(file.path(), WRITABLE).expect("it is adopted");
+        drop(first);
+        let third = Files::new(Options::default());
+        third.open(file.path(), read_only).expect_err("the locks were never let go");
+        // A table may also adopt what it has itself, to open an image once more.
+        second.adopt(second.descriptors().expect("copies"));
+        assert_eq!(second.open(file.path(), WRITABLE).expect("again").id, FileId(1));
+        drop(second);
+        third.open(file.path(), WRITABLE).expect("everybody has let go");
     }
 
     #[test]

@@ -24,7 +24,8 @@ fn signed(value: u64) -> io::Result<libc::off_t> {
 pub(super) fn set_blocking(file: &File, direct: bool) -> io::Result<()> {
     // SAFETY: F_GETFL takes no argument, and the descriptor is open as long as `file` lives.
     let flags = check(unsafe { libc::fcntl(file.as_raw_fd(), libc::F_GETFL) })?;
-    let wanted = (flags & !libc::O_NONBLOCK) | if direct { libc::O_DIRECT } else { 0 };
+    let wanted =
+        (flags & !(libc::O_NONBLOCK | libc::O_DIRECT)) | if direct { libc::O_DIRECT } else { 0 };
     // SAFETY: F_SETFL takes one integer.
     check(unsafe { libc::fcntl(file.as_raw_fd(), libc::F_SETFL, wanted) }).map(drop)
 }
@@ -45,6 +46,16 @@ pub fn memory_file(name: &std::ffi::CStr, len: u64) -> io::Result<File> {
     // SAFETY: F_ADD_SEALS takes one integer.
     check(unsafe { libc::fcntl(file.as_raw_fd(), libc::F_ADD_SEALS, seals) })?;
     Ok(file)
+}
+
+/// Whether `file` is open for reading alone.
+///
+/// # Errors
+/// What the kernel answered.
+pub(super) fn is_read_only(file: &File) -> io::Result<bool> {
+    // SAFETY: F_GETFL takes no argument, and the descriptor is open as long as `file` lives.
+    let flags = check(unsafe { libc::fcntl(file.as_raw_fd(), libc::F_GETFL) })?;
+    Ok(flags & libc::O_ACCMODE == libc::O_RDONLY)
 }
 
 fn byte_lock(kind: libc::c_int, byte: i64) -> libc::flock {

@@ -14,6 +14,8 @@ use std::os::fd::OwnedFd;
 
 use vhost::vhost_user::message::{BackendReq, VhostUserProtocolFeatures};
 
+use crate::error::Result;
+use crate::vhost::handover::{ChannelState, Descriptors, Received};
 use crate::vhost::ring::Ring;
 use crate::vhost::session::Session;
 use crate::worker::poller::send_now;
@@ -39,6 +41,21 @@ pub(super) struct BackendChannel {
 }
 
 impl BackendChannel {
+    /// The channel for a successor.
+    pub(super) fn save(&self, descriptors: &mut Descriptors) -> ChannelState {
+        let socket = self.socket.as_ref().map(|socket| descriptors.add(socket));
+        ChannelState { socket, read: self.read, told: self.told }
+    }
+
+    /// The channel that a predecessor had.
+    ///
+    /// # Errors
+    /// When its descriptor did not come.
+    pub(super) fn restore(state: &ChannelState, received: &mut Received) -> Result<Self> {
+        let socket = received.take(state.socket)?.map(OwnedFd::from);
+        Ok(Self { socket, read: state.read, told: state.told })
+    }
+
     /// Whether the front-end can be told of changes.
     pub(super) fn is_open(&self) -> bool {
         self.socket.is_some()
@@ -87,7 +104,10 @@ impl Session {
     ///
     /// # Errors
     /// When the front-end has not agreed to use it, or there is none.
-    pub(super) fn set_channel(&mut self, file: Option<File>) -> Result<(), &'static str> {
+    pub(super) fn set_channel(
+        &mut self,
+        file: Option<File>,
+    ) -> std::result::Result<(), &'static str> {
         if self.protocol & VhostUserProtocolFeatures::BACKEND_REQ.bits() == 0 {
             return Err("its protocol feature was not acknowledged");
         }

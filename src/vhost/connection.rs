@@ -9,9 +9,9 @@ use vhost::vhost_user::message::FrontendReq;
 use vhost::vhost_user::{BackendReqHandler, Error as Failure};
 
 use crate::sync::{Arc, Mutex, lock};
-use crate::vhost::message::{Header, Next, look};
+use crate::vhost::message::{self, Header, Next, look};
 use crate::vhost::session::Session;
-use crate::worker::poller::unread;
+use crate::worker::poller::{replace, unread};
 
 /// Most messages served before other events are looked at.
 const BATCH: usize = 64;
@@ -50,6 +50,25 @@ impl Connection {
         socket.set_nonblocking(false)?;
         let handler = BackendReqHandler::from_stream(socket.try_clone()?, Arc::clone(session));
         Ok(Self { handler, socket, session: Arc::clone(session), messages: 0 })
+    }
+
+    /// A connection that a predecessor has served: the crate must know what was negotiated. It is
+    /// told by the same messages, through a socket that is replaced afterwards.
+    pub(super) fn resume(
+        socket: UnixStream,
+        session: &Arc<Mutex<Session>>,
+        negotiated: &[(FrontendReq, Option<u64>)],
+    ) -> io::Result<Self> {
+        let (mut left, right) = UnixStream::pair()?;
+        let mut connection = Self::new(right, session)?;
+        for (request, value) in negotiated {
+            message::send(&mut left, *request, *value)?;
+            connection.handler.handle_request().map_err(io::Error::other)?;
+        }
+        socket.set_nonblocking(false)?;
+        replace(&connection.handler, &socket)?;
+        connection.socket = socket;
+        Ok(connection)
     }
 
     /// Serves messages that have arrived, without waiting for any.

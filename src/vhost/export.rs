@@ -58,6 +58,19 @@ impl Export {
         done
     }
 
+    /// Puts another device in place of the one that is served, which nothing holds afterwards but
+    /// whoever asks; no ring is served.
+    ///
+    /// # Errors
+    /// When a session has the workers.
+    pub fn replace_device(&self, device: Arc<Device>) -> Result<Arc<Device>> {
+        let in_use = || Error::refused("disk", "a front-end has the workers");
+        let mut pool = self.take().ok_or_else(in_use)?;
+        pool.set_device(Arc::clone(&device));
+        self.put(pool);
+        Ok(std::mem::replace(&mut *lock(&self.device), device))
+    }
+
     /// Whether no session has the workers.
     pub fn is_free(&self) -> bool {
         lock(&self.pool).is_some()

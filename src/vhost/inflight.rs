@@ -27,6 +27,7 @@ use crate::error::{Error, Result};
 use crate::qcow2::journal::{JOURNAL_WORDS, SharedWords, forget};
 use crate::storage::memory_file;
 use crate::sync::{Arc, Ordering};
+use crate::vhost::handover::{Descriptors, InflightState, Received};
 use crate::vhost::session::{Session, refuse};
 use crate::worker::inflight::{Record, stride};
 use crate::worker::pool::Pool;
@@ -46,6 +47,8 @@ const WRITE_BACK: u64 = 2;
 #[derive(Debug)]
 pub(super) struct Region {
     memory: Arc<MmapRegion>,
+    /// Bytes of the region as the front-end has told them.
+    size: u64,
     queues: u16,
     queue_size: u16,
     /// What lies behind the records, if there is room for it.
@@ -158,7 +161,7 @@ impl Region {
         let session = Words::new(&memory, needed, SESSION_BYTES / WORD);
         let journal = needed.saturating_add(SESSION_BYTES);
         let journal = Words::new(&memory, journal, JOURNAL_WORDS);
-        Ok(Self { memory, queues, queue_size, session, journal })
+        Ok(Self { memory, size: sent.mmap_size, queues, queue_size, session, journal })
     }
 
     /// Notes whether the driver has a write cache.
@@ -175,6 +178,24 @@ impl Region {
             WRITE_BACK => Some(true),
             _ => None,
         }
+    }
+
+    /// The region for a successor.
+    pub(super) fn save(&self, descriptors: &mut Descriptors) -> Option<InflightState> {
+        let place = self.memory.file_offset()?;
+        let (size, offset, file) = (self.size, place.start(), descriptors.add(place.file()));
+        let (queues, queue_size) = (self.queues, self.queue_size);
+        Some(InflightState { size, offset, queues, queue_size, file })
+    }
+
+    /// The region that a predecessor had. Nothing in it is touched before a ring is started.
+    ///
+    /// # Errors
+    /// When its file did not come or cannot be mapped.
+    pub(super) fn restore(state: &InflightState, received: &mut Received) -> Result<Self> {
+        let InflightState { size, offset, queues, queue_size, file } = *state;
+        let sent = VhostUserInflight::new(size, offset, queues, queue_size);
+        Self::map(&sent, received.need(file)?)
     }
 
     /// The record of one queue, if there is one.

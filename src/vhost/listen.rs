@@ -37,8 +37,13 @@ pub struct Access {
 pub struct Listener {
     listener: UnixListener,
     /// The file's path and identity. A socket that was handed to us has none of ours.
-    file: Option<(PathBuf, (u64, u64))>,
+    file: Option<(PathBuf, Identity)>,
+    /// The file goes with us.
+    is_ours: bool,
 }
+
+/// Device and inode of a file.
+pub type Identity = (u64, u64);
 
 /// Where front-ends come from.
 #[derive(Debug)]
@@ -47,6 +52,19 @@ pub enum Entrance {
     Listening(Listener),
     /// The connection of the only one there will be.
     Connected(UnixStream),
+    /// Nowhere: the only one there will be is known already.
+    Occupied,
+}
+
+impl Entrance {
+    /// A copy of the connection of the only front-end there will be.
+    ///
+    /// # Errors
+    /// When the process has no descriptors left.
+    pub fn connected(&self) -> Result<Option<UnixStream>> {
+        let Self::Connected(socket) = self else { return Ok(None) };
+        socket.try_clone().map(Some).map_err(|error| Error::io("a connection", error))
+    }
 }
 
 impl AsRawFd for Listener {
@@ -55,7 +73,7 @@ impl AsRawFd for Listener {
     }
 }
 
-fn identity(metadata: &Metadata) -> (u64, u64) {
+fn identity(metadata: &Metadata) -> Identity {
     (metadata.dev(), metadata.ino())
 }
 
@@ -118,7 +136,7 @@ pub fn inherit(fd: RawFd) -> Result<Entrance> {
         return Ok(Entrance::Connected(UnixStream::from(OwnedFd::from(local))));
     }
     local.set_nonblocking(true).map_err(failed)?;
-    Ok(Entrance::Listening(Listener { listener: local, file: None }))
+    Ok(Entrance::Listening(Listener { listener: local, file: None, is_ours: false }))
 }
 
 /// Makes the file of a socket that does not listen yet.
@@ -162,10 +180,43 @@ impl Listener {
         let descriptor = make(path, access).map_err(|error| failed(error.into()))?;
         let metadata = fs::symlink_metadata(path).map_err(failed)?;
         let file = Some((path.to_owned(), identity(&metadata)));
-        let bound = Self { listener: UnixListener::from(descriptor), file };
+        let bound = Self { listener: UnixListener::from(descriptor), file, is_ours: true };
         listen(&bound.listener, Backlog::MAXCONN).map_err(|error| failed(error.into()))?;
         bound.listener.set_nonblocking(true).map_err(failed)?;
         Ok(bound)
+    }
+
+    /// A socket that a predecessor has made or was given, and the file that it had for it. The file
+    /// stays until [`Listener::keep`] says that it is ours.
+    ///
+    /// # Errors
+    /// What the kernel answered.
+    pub fn succeed(socket: OwnedFd, file: Option<(PathBuf, Identity)>) -> std::io::Result<Self> {
+        let listener = UnixListener::from(socket);
+        listener.set_nonblocking(true)?;
+        Ok(Self { listener, file, is_ours: false })
+    }
+
+    /// The absolute path and the identity of the file that was made for this socket.
+    pub fn file(&self) -> Option<(PathBuf, Identity)> {
+        let (path, identity) = self.file.as_ref()?;
+        Some((std::path::absolute(path).unwrap_or_else(|_| path.clone()), *identity))
+    }
+
+    /// Whether the file that was made for this socket is what `path` leads to.
+    pub fn is_at(&self, path: &Path) -> bool {
+        let made = self.file.as_ref().map(|(_, made)| *made);
+        made.is_some() && fs::metadata(path).ok().map(|found| identity(&found)) == made
+    }
+
+    /// Takes the file over: from now on it goes with us.
+    pub fn keep(&mut self) {
+        self.is_ours = true;
+    }
+
+    /// Leaves the file to a successor, who listens at the same socket.
+    pub fn leave(&mut self) {
+        self.is_ours = false;
     }
 
     /// The path that front-ends connect to; a socket may have none.
@@ -193,7 +244,7 @@ impl Listener {
 
 impl Drop for Listener {
     fn drop(&mut self) {
-        let Some((path, made)) = &self.file else { return };
+        let Some((path, made)) = self.file.as_ref().filter(|_| self.is_ours) else { return };
         // Another daemon may have taken the path over; then the file is its.
         let ours = fs::symlink_metadata(path).is_ok_and(|metadata| identity(&metadata) == *made);
         if ours && let Err(error) = fs::remove_file(path) {

@@ -14,6 +14,7 @@ use vm_memory::{FileOffset, MmapRegion};
 use crate::bytes::round_down;
 use crate::error::{Error, Result};
 use crate::sync::Arc;
+use crate::vhost::handover::{Descriptors, LogState, Received};
 use crate::vhost::session::{Session, refuse};
 use crate::worker::dirty::{DirtyLog, Logging};
 
@@ -26,6 +27,8 @@ const PAGE: u64 = 4096;
 #[derive(Debug, Default)]
 pub(super) struct Log {
     base: Option<Arc<DirtyLog>>,
+    /// Size and offset in the file, as the front-end has told them.
+    layout: (u64, u64),
     /// The last file could not be mapped.
     failed: bool,
     /// What the workers log to, if they do.
@@ -39,7 +42,10 @@ impl Session {
     /// When it cannot be mapped while changes must be logged already.
     pub(super) fn set_log(&mut self, log: &VhostUserLog, file: File) -> Answer<()> {
         match map(log, file) {
-            Ok(base) => (self.log.base, self.log.failed) = (Some(Arc::new(base)), false),
+            Ok(base) => {
+                self.log.layout = (log.mmap_size, log.mmap_offset);
+                (self.log.base, self.log.failed) = (Some(Arc::new(base)), false);
+            }
             Err(error) if self.features & LOG_ALL != 0 => return Err(refuse(error)),
             Err(error) => {
                 // The answer has no room for a failure; that of SET_FEATURES has.
@@ -47,6 +53,28 @@ impl Session {
                 (self.log.base, self.log.failed) = (None, true);
             }
         }
+        self.settle_log();
+        Ok(())
+    }
+
+    /// The log for a successor.
+    pub(super) fn save_log(&self, descriptors: &mut Descriptors) -> LogState {
+        let (size, offset) = self.log.layout;
+        let file = self.log.base.as_ref().and_then(|base| base.file());
+        let file = file.map(|file| descriptors.add(file));
+        LogState { size, offset, file, failed: self.log.failed }
+    }
+
+    /// The log that a predecessor had.
+    ///
+    /// # Errors
+    /// When its file did not come or cannot be mapped.
+    pub(super) fn restore_log(&mut self, state: &LogState, received: &mut Received) -> Result<()> {
+        self.log.failed = state.failed;
+        let Some(file) = received.take(state.file)? else { return Ok(()) };
+        let log = VhostUserLog::new(state.size, state.offset);
+        self.log.layout = (state.size, state.offset);
+        self.log.base = Some(Arc::new(map(&log, file)?));
         self.settle_log();
         Ok(())
     }

@@ -26,6 +26,8 @@ struct Region {
     size: u64,
     /// First address in the front-end's own address space, which ring addresses refer to.
     user: u64,
+    /// Where it begins in its file.
+    offset: u64,
     region: Arc<GuestRegionMmap>,
     /// The mapping that the region is a part of.
     mapping: Arc<MmapRegion>,
@@ -65,7 +67,8 @@ impl MemoryTable {
         let (part, mapping) = map(region, file)?;
         let part = GuestRegionMmap::with_arc(part, GuestAddress(guest))
             .ok_or_else(|| refused(region, "it wraps around"))?;
-        let region = Region { guest, size, user, region: Arc::new(part), mapping };
+        let offset = region.mmap_offset;
+        let region = Region { guest, size, user, offset, region: Arc::new(part), mapping };
         self.regions.insert(place, region);
         Ok(())
     }
@@ -76,6 +79,15 @@ impl MemoryTable {
         let before = self.regions.len();
         self.regions.retain(|other| (other.guest, other.size, other.user) != wanted);
         self.regions.len() != before
+    }
+
+    /// The regions as the front-end has described them, with their files.
+    pub(super) fn described(&self) -> impl Iterator<Item = (VhostUserMemoryRegion, &File)> {
+        self.regions.iter().filter_map(|region| {
+            let Region { guest, size, user, offset, mapping, .. } = region;
+            let file = mapping.file_offset()?.file();
+            Some((VhostUserMemoryRegion::new(*guest, *size, *user, *offset), file))
+        })
     }
 
     /// Whether there is no memory.

@@ -85,6 +85,22 @@ pub(super) fn look(socket: &UnixStream) -> io::Result<Next> {
     Ok(Next::Serve(header))
 }
 
+/// Sends a request without payload, or with one of a single word, as a front-end does.
+pub(super) fn send(
+    socket: &mut UnixStream,
+    request: FrontendReq,
+    value: Option<u64>,
+) -> io::Result<()> {
+    let payload = value.map(u64::to_ne_bytes);
+    let size = if payload.is_some() { 8 } else { 0 };
+    let mut bytes = Vec::with_capacity(HEADER_BYTES + 8);
+    for word in [request as u32, VERSION, size] {
+        bytes.extend(word.to_ne_bytes());
+    }
+    bytes.extend(payload.iter().flatten());
+    socket.write_all(&bytes)
+}
+
 /// The rest of a message will come, unless there is nobody to send it.
 fn more(socket: &UnixStream) -> Next {
     if is_hung_up(socket) { Next::End } else { Next::Wait }

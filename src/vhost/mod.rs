@@ -3,12 +3,14 @@
 //! Section names are those of the vhost-user specification. One thread does all of this; it sleeps
 //! until a front-end connects, says something, or the process is told to end. Any front-end may
 //! connect at any time; [`export`] says whose guest is served. [`control`] is for operators.
+//! [`successors`] come to take the disk over, and [`handover`] is what they are told.
 
 mod backend_channel;
 mod connection;
 pub mod control;
 pub mod export;
 mod handler;
+pub mod handover;
 mod inflight;
 pub mod listen;
 mod log;
@@ -17,6 +19,7 @@ mod message;
 mod ring;
 mod server;
 pub mod session;
+pub mod successors;
 pub mod terms;
 mod transfer;
 
@@ -27,8 +30,10 @@ use crate::error::{Error, Result};
 use crate::sync::Arc;
 use crate::vhost::control::Control;
 use crate::vhost::export::Export;
+use crate::vhost::handover::Connections;
 use crate::vhost::listen::{Entrance, Listener};
 use crate::vhost::server::Server;
+use crate::vhost::successors::Successors;
 use crate::vhost::terms::Terms;
 
 pub use server::MAX_CONNECTIONS;
@@ -54,13 +59,11 @@ pub fn serve_at<'a>(
     terms: &Terms,
     control: Option<Box<dyn Control + 'a>>,
 ) -> Result<()> {
-    match entrance {
-        Entrance::Listening(listener) => run(Some(listener), None, export, stop, terms, control),
-        Entrance::Connected(socket) => {
-            let copy = socket.try_clone().map_err(|error| Error::io("a connection", error))?;
-            run(None, Some(copy), export, stop, terms, control)
-        }
-    }
+    let listener = match entrance {
+        Entrance::Listening(listener) => Some(listener),
+        Entrance::Connected(_) | Entrance::Occupied => None,
+    };
+    run(listener, entrance.connected()?, export, stop, terms, control)
 }
 
 fn run<'a>(
@@ -69,12 +72,59 @@ fn run<'a>(
     export: &'a Arc<Export>,
     stop: &impl AsRawFd,
     terms: &Terms,
-    control: Option<Box<dyn Control + 'a>>,
+    mut control: Option<Box<dyn Control + 'a>>,
 ) -> Result<()> {
-    let failed = |error| Error::io("cannot wait for front-ends", error);
+    let control = control.as_mut().map(|control| &mut **control as &mut dyn Control);
     let mut server = Server::new(listener, export, stop, *terms, control).map_err(failed)?;
     socket.map_or(Ok(()), |socket| server.admit(socket)).map_err(failed)?;
     let result = server.run().map_err(failed);
     server.end();
-    result
+    result.map(drop)
+}
+
+fn failed(error: std::io::Error) -> Error {
+    Error::io("cannot wait for front-ends", error)
+}
+
+/// Why the service has ended.
+#[derive(Debug)]
+pub enum Ended {
+    /// The process was told to end, or nobody is left to serve. No front-end is connected any more.
+    Over,
+    /// Somebody wants to take the disk over. Rings are still served.
+    Successor(UnixStream, Connections),
+}
+
+/// What a service begins with that may be followed by another one.
+#[derive(Debug)]
+pub struct Beginning<'a> {
+    /// Front-ends that are connected already.
+    pub connections: Connections,
+    /// Where front-ends come from beside them; without one there are only these.
+    pub listener: Option<&'a Listener>,
+    /// Where a successor comes from.
+    pub successors: Option<Successors<'a>>,
+}
+
+/// Serves front-ends as [`serve_at`] does, and until somebody wants to take the disk over.
+///
+/// # Errors
+/// When the process has no descriptors left to begin with.
+pub fn serve_until<'a>(
+    beginning: Beginning<'a>,
+    export: &'a Arc<Export>,
+    stop: &impl AsRawFd,
+    terms: &Terms,
+    control: Option<&'a mut (dyn Control + 'a)>,
+) -> Result<Ended> {
+    let Beginning { connections, listener, successors } = beginning;
+    let mut server = Server::new(listener, export, stop, *terms, control).map_err(failed)?;
+    server.resume(connections, successors).map_err(failed)?;
+    match server.run().map_err(failed) {
+        Ok(Some(successor)) => Ok(Ended::Successor(successor, server.leave())),
+        ended => {
+            server.end();
+            ended.map(|_| Ended::Over)
+        }
+    }
 }

@@ -7,6 +7,7 @@ use vm_memory::GuestMemoryMmap;
 
 use crate::error::{Error, Result};
 use crate::sync::Arc;
+use crate::vhost::handover::{Descriptors, Received, RingState};
 use crate::vhost::memory::MemoryTable;
 use crate::worker::queue::{RingSetup, signal_file};
 
@@ -163,6 +164,52 @@ impl Ring {
         self.vring.set_kick(None);
         self.vring.set_call(None);
         self.started = false;
+    }
+
+    /// What the front-end has said, for a successor. The ring must not be running.
+    pub(super) fn save(&self, descriptors: &mut Descriptors) -> RingState {
+        // Asked before the lock on the rest is taken, because it takes the same one.
+        let size = self.size();
+        let vring = self.vring.get_ref();
+        RingState {
+            size,
+            addresses: self.addresses.map(|at| [at.descriptors, at.available, at.used]),
+            base: self.has_base.then(|| vring.get_queue().state().next_avail),
+            told_base: self.told_base,
+            started: self.started,
+            enabled: vring.is_enabled(),
+            kick: vring.get_kick().as_ref().map(|kick| descriptors.add(kick)),
+            call: vring.get_call().as_ref().map(|call| descriptors.add(call)),
+            error: self.error.as_ref().map(|error| descriptors.add(error)),
+            used_log: self.used_log,
+        }
+    }
+
+    /// A ring as it was with a predecessor.
+    ///
+    /// # Errors
+    /// When it is larger than allowed here, or descriptors are missing.
+    pub(super) fn restore(&mut self, state: &RingState, received: &mut Received) -> Result<()> {
+        if let Some(size) = state.size {
+            self.set_size(size)?;
+        }
+        self.addresses = state.addresses.map(|[descriptors, available, used]| Addresses {
+            descriptors,
+            available,
+            used,
+        });
+        if let Some(base) = state.base {
+            self.set_base(base);
+        }
+        self.told_base = state.told_base;
+        if state.started {
+            self.set_kick(received.take(state.kick)?);
+        }
+        self.set_call(received.take(state.call)?);
+        self.set_error(received.take(state.error)?);
+        self.set_enabled(state.enabled);
+        self.used_log = state.used_log;
+        Ok(())
     }
 
     /// Whether the front-end has said everything that is needed to serve it.

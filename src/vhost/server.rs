@@ -8,10 +8,13 @@ use crate::sync::{Arc, Mutex, lock};
 use crate::vhost::connection::{Connection, Pumped};
 use crate::vhost::control::{Control, FrontEnds};
 use crate::vhost::export::Export;
+use crate::vhost::handover::Connections;
 use crate::vhost::listen::Listener;
 use crate::vhost::session::Session;
+use crate::vhost::successors::Successors;
 use crate::vhost::terms::{Clock, State, Terms};
 use crate::worker::poller::{Poller, Trigger};
+use crate::worker::pool::Pool;
 
 /// Most front-ends that are connected at once. Then one that has come to nothing is given up for
 /// the next; if there is none, that one waits.
@@ -24,14 +27,16 @@ const BLOCKED: Duration = Duration::from_millis(5);
 const STOP: u64 = 0;
 const LISTENER: u64 = 1;
 const CONTROL: u64 = 2;
+/// Whoever wants to take the disk over.
+const SUCCESSOR: u64 = u64::MAX;
 /// The number of the first connection; each further one has the next.
-const FIRST_PEER: u64 = 3;
+pub(super) const FIRST_PEER: u64 = 3;
 
 /// A front-end that is connected.
-struct Peer {
-    number: u64,
-    connection: Connection,
-    session: Arc<Mutex<Session>>,
+pub(super) struct Peer {
+    pub(super) number: u64,
+    pub(super) connection: Connection,
+    pub(super) session: Arc<Mutex<Session>>,
     /// There are messages that were not looked at yet.
     busy: bool,
     /// It does not read its answers.
@@ -40,6 +45,17 @@ struct Peer {
 }
 
 impl Peer {
+    /// A front-end that is looked at for the first time.
+    pub(super) fn new(number: u64, connection: Connection, session: Arc<Mutex<Session>>) -> Self {
+        let clock = Clock::start(Instant::now());
+        Self { number, connection, session, busy: true, blocked: false, clock }
+    }
+
+    /// Begins anew with a front-end that was connected to somebody else until now.
+    fn resume(self) -> Self {
+        Self::new(self.number, self.connection, self.session)
+    }
+
     /// Takes note of what the front-end has done.
     fn look(&mut self, now: Instant) {
         let session = lock(&self.session);
@@ -76,7 +92,8 @@ pub(super) struct Server<'a> {
     listening: bool,
     export: &'a Arc<Export>,
     poller: Poller,
-    control: Option<Box<dyn Control + 'a>>,
+    control: Option<&'a mut (dyn Control + 'a)>,
+    successors: Option<Successors<'a>>,
     peers: Vec<Peer>,
     next_number: u64,
     terms: Terms,
@@ -90,7 +107,7 @@ impl<'a> Server<'a> {
         export: &'a Arc<Export>,
         stop: &impl AsRawFd,
         terms: Terms,
-        control: Option<Box<dyn Control + 'a>>,
+        control: Option<&'a mut (dyn Control + 'a)>,
     ) -> std::io::Result<Self> {
         let poller = Poller::new()?;
         if let Some(control) = &control {
@@ -105,6 +122,7 @@ impl<'a> Server<'a> {
             export,
             poller,
             control,
+            successors: None,
             peers,
             next_number,
             terms,
@@ -112,7 +130,34 @@ impl<'a> Server<'a> {
         })
     }
 
-    pub(super) fn run(&mut self) -> std::io::Result<()> {
+    /// Goes on with front-ends that are connected already, and looks for a successor.
+    pub(super) fn resume(
+        &mut self,
+        connections: Connections,
+        successors: Option<Successors<'a>>,
+    ) -> std::io::Result<()> {
+        if let Some(successors) = &successors {
+            self.poller.add(successors, SUCCESSOR, Trigger::Level)?;
+        }
+        self.successors = successors;
+        connections.go_on();
+        for peer in connections.peers {
+            self.next_number = self.next_number.max(peer.number + 1);
+            self.poller.add(&peer.connection, peer.number, Trigger::Edge)?;
+            self.peers.push(peer.resume());
+        }
+        Ok(())
+    }
+
+    /// Lets somebody else have the front-ends.
+    pub(super) fn leave(&mut self) -> Connections {
+        let peers = std::mem::take(&mut self.peers);
+        peers.iter().for_each(|peer| self.poller.remove(&peer.connection));
+        Connections::of(peers)
+    }
+
+    /// Runs until the process is told to end, nobody is left, or somebody wants to take over.
+    pub(super) fn run(&mut self) -> std::io::Result<Option<UnixStream>> {
         while !self.is_over() {
             let timeout = self.timeout_ms();
             let events: Vec<u64> = self.poller.wait(timeout)?.collect();
@@ -130,8 +175,19 @@ impl<'a> Server<'a> {
             if events.contains(&CONTROL) && self.control() {
                 break;
             }
+            if events.contains(&SUCCESSOR)
+                && let Some(successor) = self.look_for_successor()
+            {
+                return Ok(Some(successor));
+            }
         }
-        Ok(())
+        Ok(None)
+    }
+
+    fn look_for_successor(&mut self) -> Option<UnixStream> {
+        let running = |peer: &Peer| lock(&peer.session).pool.as_ref().map(Pool::running);
+        let workers = self.peers.iter().find_map(running).unwrap_or(0);
+        self.successors.as_mut()?.look(workers)
     }
 
     /// Disconnects all front-ends; what was taken from their rings is finished.
@@ -234,8 +290,7 @@ impl<'a> Server<'a> {
         self.poller.add(&connection, number, Trigger::Edge)?;
         self.next_number += 1;
         tracing::debug!("somebody has connected: {number}");
-        let clock = Clock::start(Instant::now());
-        self.peers.push(Peer { number, connection, session, busy: true, blocked: false, clock });
+        self.peers.push(Peer::new(number, connection, session));
         Ok(())
     }
 

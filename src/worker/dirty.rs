@@ -9,9 +9,10 @@
 //! [`RingLog`], and looking for it is all that it pays.
 
 use std::fmt;
+use std::fs::File;
 
 use virtio_queue::DescriptorChain;
-use vm_memory::{GuestMemoryMmap, MmapRegion, VolatileMemory};
+use vm_memory::{FileOffset, GuestMemoryMmap, MmapRegion, VolatileMemory};
 
 use crate::blk::token::Used;
 use crate::sync::{Arc, AtomicU8, Ordering};
@@ -40,6 +41,11 @@ impl DirtyLog {
     pub fn new(mapping: MmapRegion, start: usize) -> Self {
         let bytes = u64::try_from(mapping.size().saturating_sub(start)).unwrap_or(u64::MAX);
         Self { mapping, start, bytes }
+    }
+
+    /// The file that is mapped.
+    pub fn file(&self) -> Option<&File> {
+        self.mapping.file_offset().map(FileOffset::file)
     }
 
     /// Marks the pages of `len` bytes at the guest address `at`. The log may be shorter than the

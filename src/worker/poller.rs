@@ -1,4 +1,4 @@
-#![expect(unsafe_code, reason = "recvmsg, ioctl and poll on a borrowed descriptor")]
+#![expect(unsafe_code, reason = "recvmsg, ioctl, poll and dup3 on borrowed descriptors")]
 //! An epoll set that closes itself, and the questions about a socket that std cannot ask.
 
 use std::fs::File;
@@ -151,6 +151,17 @@ pub fn send_now(socket: &impl AsFd, bytes: &[u8]) -> io::Result<usize> {
     // SAFETY: the range is that of `bytes`, which outlives the call.
     let sent = unsafe { libc::send(raw(&socket.as_fd()), start, len, flags) };
     usize::try_from(sent).map_err(|_| io::Error::last_os_error())
+}
+
+/// Makes the descriptor `old` one for what `new` is open on, and closes what it was.
+///
+/// # Errors
+/// What the kernel answered.
+pub fn replace(old: &impl AsRawFd, new: &impl AsFd) -> io::Result<()> {
+    // SAFETY: both descriptors are open and stay so; the number of the old one goes on being its
+    // owner's to close.
+    let result = unsafe { libc::dup3(raw(&new.as_fd()), old.as_raw_fd(), libc::O_CLOEXEC) };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
 /// How many bytes wait in a socket's queue.

@@ -116,6 +116,19 @@ impl Pool {
         answer.recv().expect("a worker answers")
     }
 
+    /// Starts the first `count` workers' threads before they are needed.
+    ///
+    /// # Errors
+    /// When one of them cannot be started.
+    pub fn warm(&mut self, count: usize) -> Result<()> {
+        (0..count.min(self.workers.len())).try_for_each(|place| self.hire(place).map(drop))
+    }
+
+    /// How many workers' threads run.
+    pub fn running(&self) -> usize {
+        self.workers.iter().flatten().count()
+    }
+
     /// Stops rings and waits until everything taken from them was published. Gives for each the
     /// first entry of its available ring that was not taken.
     pub fn stop(&mut self, indices: &[usize]) -> Vec<u16> {

@@ -75,10 +75,33 @@ impl<'a> Socket<'a> {
         while let Some(early) = listener.accept().map_err(failed)? {
             drop(early);
         }
-        let poller = Poller::new().map_err(failed)?;
-        poller.add(&listener, LISTENER, Trigger::Level).map_err(failed)?;
+        Self::at(listener, image, files, engine).map_err(failed)
+    }
+
+    /// The same at a socket that a predecessor has made.
+    ///
+    /// # Errors
+    /// When the process has no descriptors left.
+    pub(super) fn at(
+        listener: Listener,
+        image: PathBuf,
+        files: &Arc<Files>,
+        engine: &'a dyn Engine,
+    ) -> std::io::Result<Self> {
+        let poller = Poller::new()?;
+        poller.add(&listener, LISTENER, Trigger::Level)?;
         let disk = Disk { path: image, files: Arc::clone(files), engine, since: Instant::now() };
         Ok(Self { listener, poller, places: Vec::new(), next_number: LISTENER + 1, disk })
+    }
+
+    /// Where operators connect.
+    pub(super) fn listener(&self) -> &Listener {
+        &self.listener
+    }
+
+    /// The same, to have its file or to leave it.
+    pub(super) fn listener_mut(&mut self) -> &mut Listener {
+        &mut self.listener
     }
 
     fn accept(&mut self) {
