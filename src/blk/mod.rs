@@ -3,8 +3,10 @@
 //! Section numbers are those of the virtio specification 1.2; 5.2 is the block device.
 
 mod bucket;
+pub mod chain;
 pub mod complain;
 pub mod limit;
+pub mod memory;
 pub mod rates;
 pub mod request;
 pub mod serve;

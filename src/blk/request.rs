@@ -15,10 +15,10 @@ use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN,
     VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES, VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP,
 };
-use virtio_queue::DescriptorChain;
-use virtio_queue::desc::split::Descriptor;
-use vm_memory::{GuestMemoryBackend, GuestMemoryMmap, VolatileSlice};
+use vm_memory::VolatileSlice;
 
+use crate::blk::chain::{Chain, Descriptor};
+use crate::blk::memory::Finder;
 use crate::blk::token::Status;
 use crate::blk::{MAX_ERASE_SECTORS, MAX_ERASE_SEGMENTS, SECTOR};
 use crate::bytes::GuestOffset;
@@ -185,14 +185,9 @@ impl fmt::Display for Refusal {
 
 /// Takes a chain apart. Whatever the guest put there, there is an answer.
 ///
-/// `keep` must keep `memory` mapped: the buffers of the request point into it.
-pub fn parse(
-    chain: DescriptorChain<&GuestMemoryMmap>,
-    memory: &GuestMemoryMmap,
-    keep: &Rc<dyn Any>,
-    rules: &Rules,
-) -> Parsed {
-    let mut walk = Walk::new(chain, memory);
+/// `keep` must keep the chain's memory mapped: the buffers of the request point into it.
+pub fn parse(chain: Chain<'_>, keep: &Rc<dyn Any>, rules: &Rules) -> Parsed {
+    let mut walk = Walk::new(chain);
     let status = walk.status_byte().map(|byte| Buf::guest(Rc::clone(keep), [byte].into_iter()));
     let (action, writable) = match walk.action(status.is_some(), keep, rules) {
         Ok(action) => (action, walk.writable_bytes),
@@ -215,7 +210,7 @@ struct Walk<'a> {
 }
 
 impl<'a> Walk<'a> {
-    fn new(chain: DescriptorChain<&'a GuestMemoryMmap>, memory: &'a GuestMemoryMmap) -> Self {
+    fn new(chain: Chain<'a>) -> Self {
         let mut walk = Self {
             readable: Slices::new(),
             writable: Slices::new(),
@@ -223,9 +218,8 @@ impl<'a> Walk<'a> {
             fault: None,
             has_tail: false,
         };
-        // The iterator ends without a word at a loop, at an index or a table outside its bounds,
-        // and after 2^32 bytes: then the last descriptor it gave names another one.
-        let mut more = true;
+        // A chain that is broken ends without a word: then its last descriptor names another one.
+        let (mut more, memory) = (true, chain.memory());
         for descriptor in chain {
             more = descriptor.has_next();
             walk.add(descriptor, memory);
@@ -237,28 +231,22 @@ impl<'a> Walk<'a> {
         walk
     }
 
-    fn add(&mut self, descriptor: Descriptor, memory: &'a GuestMemoryMmap) {
-        let writable = descriptor.is_write_only();
+    fn add(&mut self, descriptor: Descriptor, memory: &Finder<'a>) {
+        let writable = descriptor.is_writable();
         if !writable && self.has_tail {
             self.fault = Some("a readable descriptor follows a writable one");
         }
-        let Ok(len) = usize::try_from(descriptor.len()) else {
+        let Ok(len) = usize::try_from(descriptor.len) else {
             self.fault = Some("a descriptor is longer than the address space");
             return;
         };
         let list = if writable { &mut self.writable } else { &mut self.readable };
-        let mut mapped = true;
-        for slice in memory.get_slices(descriptor.addr(), len) {
-            match slice {
-                Ok(slice) => list.push(slice),
-                Err(_) => mapped = false,
-            }
-        }
+        let mapped = memory.slices(descriptor.at, len, |slice| list.push(slice));
         if !mapped {
             self.fault = Some("a descriptor lies outside guest memory");
         }
         if writable {
-            self.writable_bytes = self.writable_bytes.saturating_add(descriptor.len());
+            self.writable_bytes = self.writable_bytes.saturating_add(descriptor.len);
             self.has_tail = mapped && !list.is_empty();
         }
     }

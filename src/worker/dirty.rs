@@ -11,9 +11,9 @@
 use std::fmt;
 use std::fs::File;
 
-use virtio_queue::DescriptorChain;
-use vm_memory::{FileOffset, GuestMemoryMmap, MmapRegion, VolatileMemory};
+use vm_memory::{FileOffset, MmapRegion, VolatileMemory};
 
+use crate::blk::chain::{Chain, Descriptor};
 use crate::blk::token::Used;
 use crate::sync::{Arc, AtomicU8, Ordering};
 
@@ -124,11 +124,11 @@ impl RingLog {
 
     /// Remembers what a chain that is taken lets the device write. A driver that changes it now
     /// has the wrong pages marked, and nobody but itself to blame.
-    pub(super) fn take(&mut self, chain: &DescriptorChain<&GuestMemoryMmap>) {
-        let Some(taken) = self.taken.get_mut(usize::from(chain.head_index())) else { return };
+    pub(super) fn take(&mut self, chain: &Chain<'_>) {
+        let Some(taken) = self.taken.get_mut(usize::from(chain.head())) else { return };
         taken.chains = taken.chains.saturating_add(1);
-        let writable = chain.clone().writable();
-        taken.ranges.extend(writable.map(|part| (part.addr().0, u64::from(part.len()))));
+        let writable = chain.clone().filter(Descriptor::is_writable);
+        taken.ranges.extend(writable.map(|part| (part.at, u64::from(part.len))));
     }
 
     /// Marks data and status bytes of chains that are done with.

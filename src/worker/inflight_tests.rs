@@ -6,6 +6,7 @@ use virtio_queue::QueueState;
 use vm_memory::{GuestAddress, GuestMemoryMmap};
 
 use super::*;
+use crate::blk::memory::Finder;
 use crate::blk::token::{Status, Token};
 use crate::sync::{Mutex, lock};
 use crate::worker::queue::{Ring, RingSetup};
@@ -108,11 +109,11 @@ impl Guest {
     fn pop(&self, ring: &mut Ring, most: usize, taken: &mut Vec<(u16, Token)>) -> usize {
         let room = std::cell::Cell::new(most);
         let count = ring.pop(
-            &self.memory,
+            &Finder::new(&self.memory),
             || room.get() > 0,
             |chain, completions| {
                 room.set(room.get() - 1);
-                let head = chain.head_index();
+                let head = chain.head();
                 taken.push((head, Token::new(completions, Used { head, len: 0 }, None)));
             },
         );
@@ -177,7 +178,7 @@ impl Life {
             token.complete(Status::Ok);
             self.answered.push(head);
         }
-        self.ring.publish(&self.guest.memory).expect("a sound ring");
+        self.ring.publish(&Finder::new(&self.guest.memory)).expect("a sound ring");
     }
 
     /// Heads that wait when so many answers were seen.
@@ -210,7 +211,7 @@ fn recover(size: u16, crash: &Crash, expected: &[u16], watch: bool) -> Vec<Crash
         token.complete(Status::Ok);
     }
     let before = guest.used();
-    life.ring.publish(&guest.memory).expect("a sound ring");
+    life.ring.publish(&Finder::new(&guest.memory)).expect("a sound ring");
     assert_eq!(usize::from(guest.used().wrapping_sub(before)), expected.len());
     assert!(life.ring.is_drained());
     // A third one finds nothing to do.

@@ -11,7 +11,7 @@ pub mod mailbox;
 pub mod poller;
 pub mod pool;
 pub mod queue;
-mod replay;
+mod split;
 mod throttle;
 
 use std::any::Any;
@@ -23,6 +23,7 @@ use vm_memory::{GuestMemoryMmap, MmapRegion};
 
 use crate::blk::Device;
 use crate::blk::limit::{Admission, Seat};
+use crate::blk::memory::Finder;
 use crate::blk::request::{Request, Rules, parse};
 use crate::blk::serve::{Context, serve};
 use crate::blk::stats::Totals;
@@ -282,7 +283,7 @@ impl<F: Future<Output = ()>> Worker<F> {
             write_through: false,
             outlives: false,
         };
-        let map = self.memory.map();
+        let memory = Finder::new(self.memory.map());
         let count = self.rings.len();
         self.first = self.first.wrapping_add(1);
         let mut popped = 0;
@@ -295,11 +296,11 @@ impl<F: Future<Output = ()>> Worker<F> {
             rules.outlives = ring.outlives();
             let tasks = RefCell::new(&mut self.tasks);
             let result = ring.pop(
-                map,
+                &memory,
                 || tasks.borrow().has_room() && is_open(),
                 |chain, completions| {
-                    let head = chain.head_index();
-                    let parsed = parse(chain, map, &self.keep, &rules);
+                    let head = chain.head();
+                    let parsed = parse(chain, &self.keep, &rules);
                     if let Some(limit) = &limit {
                         limit.borrow_mut().charge(&parsed.request.action);
                     }
@@ -318,9 +319,10 @@ impl<F: Future<Output = ()>> Worker<F> {
     }
 
     fn publish(&mut self) -> usize {
+        let memory = Finder::new(self.memory.map());
         let mut published = 0;
         for ring in &mut self.rings {
-            match ring.publish(self.memory.map()) {
+            match ring.publish(&memory) {
                 Ok(count) => published += count,
                 Err(why) => ring.fail(&why),
             }
@@ -340,9 +342,9 @@ impl<F: Future<Output = ()>> Worker<F> {
         if !self.tasks.has_room() || self.seat.waits() {
             return true;
         }
-        let mut quiet = true;
+        let (mut quiet, memory) = (true, Finder::new(self.memory.map()));
         for ring in self.rings.iter_mut().filter(|ring| ring.is_open()) {
-            match ring.arm(self.memory.map()) {
+            match ring.arm(&memory) {
                 Ok(available) => quiet &= !available,
                 Err(why) => ring.fail(&why),
             }
@@ -353,8 +355,9 @@ impl<F: Future<Output = ()>> Worker<F> {
     /// Says that the worker is awake.
     pub fn unpark(&mut self) {
         self.tasks.ready().unparked();
+        let memory = Finder::new(self.memory.map());
         for ring in self.rings.iter_mut().filter(|ring| ring.is_open()) {
-            ring.quieten(self.memory.map());
+            ring.quieten(&memory);
         }
     }
 }

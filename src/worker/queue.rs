@@ -3,19 +3,19 @@
 use std::collections::VecDeque;
 use std::fs::File;
 use std::io::Write;
-use std::num::Wrapping;
 use std::rc::Rc;
 
-use virtio_bindings::virtio_ring::{VRING_AVAIL_F_NO_INTERRUPT, VRING_USED_F_NO_NOTIFY};
-use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueState, QueueT};
-use vm_memory::{Bytes, GuestAddress, GuestMemoryError, GuestMemoryMmap};
+use virtio_queue::QueueState;
+use vm_memory::{GuestMemoryError, GuestMemoryMmap};
 use vmm_sys_util::event::{EventConsumer, EventNotifier};
 
+use crate::blk::chain::Chain;
+use crate::blk::memory::Finder;
 use crate::blk::token::{Completions, Used};
-use crate::sync::{Arc, Ordering, fence};
+use crate::sync::{Arc, Ordering};
 use crate::worker::dirty::{DirtyLog, RingLog};
 use crate::worker::inflight::{Record, RecordError};
-use crate::worker::replay;
+use crate::worker::split::Split;
 
 /// Most chains taken from one ring in a turn, so that a busy queue does not keep others waiting.
 const BATCH: usize = 64;
@@ -50,8 +50,13 @@ pub enum RingError {
     #[error("its kick descriptor cannot be watched: {0}")]
     Kick(std::io::Error),
     /// The driver has made more chains available than the ring has entries.
-    #[error("the available ring is broken: {0}")]
-    Available(virtio_queue::Error),
+    #[error("{waiting} chains were made available in a ring of {size}")]
+    Available {
+        /// How many chains wait by the available index.
+        waiting: u16,
+        /// The ring's size.
+        size: u16,
+    },
     /// The driver has made a descriptor available that does not exist.
     #[error("descriptor {head} was made available in a ring of {size}")]
     Head {
@@ -82,7 +87,7 @@ pub struct Ring {
     pub(super) kick: Option<EventConsumer>,
     call: Option<EventNotifier>,
     error: Option<File>,
-    queue: Queue,
+    split: Split,
     pub(super) completions: Rc<Completions>,
     done: Vec<Used>,
     inflight: Option<Inflight>,
@@ -108,16 +113,10 @@ impl Ring {
         setup: RingSetup,
         memory: &GuestMemoryMmap,
     ) -> Result<Self, RingError> {
-        let mut queue = Queue::try_from(setup.state).map_err(RingError::Setup)?;
-        queue.set_ready(true);
-        if !queue.is_valid(memory) {
-            return Err(RingError::OutsideMemory);
-        }
-        // The used ring goes on where whoever served it before has left it.
-        let used = queue.used_idx(memory, Ordering::Acquire).map_err(RingError::Setup)?;
-        queue.set_next_used(used.0);
+        let mut split = Split::new(setup.state, memory)?;
+        let memory = Finder::new(memory);
         let inflight = match setup.inflight {
-            Some(record) => Some(recover(index, record, &mut queue, used.0, memory)?),
+            Some(record) => Some(recover(index, record, &mut split, &memory)?),
             None => None,
         };
         let mut ring = Self {
@@ -128,13 +127,13 @@ impl Ring {
             kick: setup.kick,
             call: setup.call,
             error: setup.error,
-            queue,
+            split,
             completions: Rc::default(),
             done: Vec::new(),
             inflight,
             log: None,
         };
-        ring.quieten(memory);
+        ring.quieten(&memory);
         // Somebody may have published chains without having been able to tell the guest.
         ring.signal();
         Ok(ring)
@@ -142,7 +141,7 @@ impl Ring {
 
     /// The next entry of the available ring that was not taken.
     pub fn next_available(&self) -> u16 {
-        self.queue.next_avail()
+        self.split.next_available
     }
 
     /// Whether every chain that was taken has been published.
@@ -187,15 +186,15 @@ impl Ring {
     /// drained: of chains that were taken before nobody has remembered what they write. Its used
     /// ring is logged at `used`, or else where it lies.
     pub fn set_log(&mut self, log: Option<&Arc<DirtyLog>>, used: Option<u64>) {
-        let used = used.unwrap_or(self.queue.used_ring());
+        let used = used.unwrap_or(self.split.used_at());
         match (&mut self.log, log.cloned()) {
             (Some(own), Some(log)) => own.replace(log, used),
             (own, log) => {
                 debug_assert!(log.is_none() || self.completions.under_way() == 0);
-                *own = log.map(|log| RingLog::new(log, used, self.queue.size()));
+                *own = log.map(|log| RingLog::new(log, used, self.split.size()));
                 // A predecessor may have died between its last entries and their marks.
                 if let Some(own) = own.as_ref().filter(|_| self.inflight.is_some()) {
-                    own.mark_used(0, usize::from(self.queue.size()));
+                    own.mark_used(0, usize::from(self.split.size()));
                 }
             }
         }
@@ -207,37 +206,47 @@ impl Ring {
     ///
     /// # Errors
     /// When the ring is not in guest memory any more.
-    pub fn has_available(&self, memory: &GuestMemoryMmap) -> Result<bool, RingError> {
+    pub fn has_available(&self, memory: &Finder<'_>) -> Result<bool, RingError> {
         if self.is_replaying() {
             return Ok(true);
         }
-        let index = self.queue.avail_idx(memory, Ordering::Acquire);
-        Ok(index.map_err(RingError::Available)?.0 != self.queue.next_avail())
+        let index = self.split.available(memory).index(Ordering::Acquire)?;
+        Ok(index != self.split.next_available)
     }
 
     /// Takes up to `room` chains and gives each to `each`; returns how many. Everything about the
     /// ring that makes no sense breaks it for good: the front-end is told and no more is taken.
-    pub fn pop(
+    pub fn pop<'a>(
         &mut self,
-        memory: &GuestMemoryMmap,
+        memory: &'a Finder<'a>,
         mut room: impl FnMut() -> bool,
-        mut each: impl FnMut(DescriptorChain<&GuestMemoryMmap>, &Rc<Completions>),
+        mut each: impl FnMut(Chain<'a>, &Rc<Completions>),
     ) -> Result<usize, RingError> {
         if self.is_replaying() {
-            return self.replay(memory, room, each);
+            return Ok(self.replay(memory, room, each));
         }
-        let size = self.queue.size();
-        let mut iter = self.queue.iter(memory).map_err(RingError::Available)?;
+        let (available, size) = (self.split.available(memory), self.split.size());
+        // Entries up to the index are read after it.
+        let index = available.index(Ordering::Acquire)?;
+        let waiting = index.wrapping_sub(self.split.next_available);
+        if waiting == 0 {
+            return Ok(0);
+        }
+        if waiting > size {
+            return Err(RingError::Available { waiting, size });
+        }
+        let table = self.split.table(memory);
         let mut popped = 0;
-        while popped < BATCH && room() {
-            let Some(chain) = iter.next() else { break };
-            let head = chain.head_index();
+        while popped < BATCH && self.split.next_available != index && room() {
+            let head = available.head(self.split.next_available)?;
+            self.split.next_available = self.split.next_available.wrapping_add(1);
             if head >= size {
                 return Err(RingError::Head { head, size });
             }
             if let Some(inflight) = &mut self.inflight {
                 inflight.record.take(head);
             }
+            let chain = Chain::new(memory, table, size, head);
             if let Some(log) = &mut self.log {
                 log.take(&chain);
             }
@@ -247,28 +256,29 @@ impl Ring {
         Ok(popped)
     }
 
-    /// Takes chains that a predecessor had taken. They are marked already, and keep their place in
-    /// the order until they are published.
-    fn replay(
+    /// Takes chains that a predecessor had taken, by their heads: the entry of the available ring
+    /// that named one may have been used again meanwhile. They are marked already, and keep their
+    /// place in the order until they are published.
+    fn replay<'a>(
         &mut self,
-        memory: &GuestMemoryMmap,
+        memory: &'a Finder<'a>,
         mut room: impl FnMut() -> bool,
-        mut each: impl FnMut(DescriptorChain<&GuestMemoryMmap>, &Rc<Completions>),
-    ) -> Result<usize, RingError> {
-        let Some(inflight) = &mut self.inflight else { return Ok(0) };
+        mut each: impl FnMut(Chain<'a>, &Rc<Completions>),
+    ) -> usize {
+        let Some(inflight) = &mut self.inflight else { return 0 };
+        let (table, size) = (self.split.table(memory), self.split.size());
         let mut popped = 0;
         while room()
             && let Some(head) = inflight.replay.pop_front()
         {
-            replay::chain(head, self.queue.state(), memory, |chain| {
-                if let Some(log) = &mut self.log {
-                    log.take(&chain);
-                }
-                each(chain, &self.completions);
-            })?;
+            let chain = Chain::new(memory, table, size, head);
+            if let Some(log) = &mut self.log {
+                log.take(&chain);
+            }
+            each(chain, &self.completions);
             popped += 1;
         }
-        Ok(popped)
+        popped
     }
 
     /// Marks the ring as broken and tells the front-end; what was taken is still answered.
@@ -291,7 +301,7 @@ impl Ring {
     ///
     /// # Errors
     /// When the ring is not in guest memory any more.
-    pub fn publish(&mut self, memory: &GuestMemoryMmap) -> Result<usize, RingError> {
+    pub fn publish(&mut self, memory: &Finder<'_>) -> Result<usize, RingError> {
         self.completions.take(&mut self.done);
         let count = self.done.len();
         if count == 0 {
@@ -302,54 +312,31 @@ impl Ring {
         result.map(|()| count)
     }
 
-    fn put_used(&mut self, memory: &GuestMemoryMmap) -> Result<(), RingError> {
+    fn put_used(&mut self, memory: &Finder<'_>) -> Result<(), RingError> {
         if let Some(log) = &mut self.log {
             log.mark_done(&self.done);
         }
-        let old = Wrapping(self.queue.next_used());
+        let (ring, old) = (self.split.used(memory), self.split.next_used);
         let mut new = old;
         for used in &self.done {
-            let slot = u64::from(new.0 % self.queue.size());
-            // The index and then the length, each a little-endian word.
-            let element = u64::from(used.len) << 32 | u64::from(used.head);
-            memory.write_obj(element.to_le(), self.used(4 + slot * 8))?;
-            new += 1;
+            ring.put(new, *used)?;
+            new = new.wrapping_add(1);
         }
         if let Some(inflight) = &self.inflight {
             inflight.record.link(&self.done);
         }
-        memory.store(new.0.to_le(), self.used(2), Ordering::Release)?;
-        self.queue.set_next_used(new.0);
+        ring.set_index(new)?;
+        self.split.next_used = new;
         if let Some(inflight) = &self.inflight {
-            inflight.record.finish(&self.done, new.0);
+            inflight.record.finish(&self.done, new);
         }
         if let Some(log) = &self.log {
-            log.mark_used(old.0, self.done.len());
+            log.mark_used(old, self.done.len());
         }
-        if self.wants_notification(memory, old, new)? {
+        if self.split.wants_notification(memory, old, new)? {
             self.signal();
         }
         Ok(())
-    }
-
-    /// Whether the guest wants to be told that the used ring went from `old` to `new` (2.7.7).
-    fn wants_notification(
-        &self,
-        memory: &GuestMemoryMmap,
-        old: Wrapping<u16>,
-        new: Wrapping<u16>,
-    ) -> Result<bool, RingError> {
-        // The used index must be visible before the guest's wish is read: a guest that changes its
-        // wish looks at the index afterwards.
-        fence(Ordering::SeqCst);
-        let available = |offset| GuestAddress(self.queue.avail_ring().wrapping_add(offset));
-        if self.queue.event_idx_enabled() {
-            let at = available(4 + 2 * u64::from(self.queue.size()));
-            let event = Wrapping(u16::from_le(memory.load(at, Ordering::Relaxed)?));
-            return Ok(new - event - Wrapping(1) < new - old);
-        }
-        let flags = u16::from_le(memory.load(available(0), Ordering::Relaxed)?);
-        Ok(u32::from(flags) & VRING_AVAIL_F_NO_INTERRUPT == 0)
     }
 
     /// Asks for a kick with the next chain. Returns whether there is one already, which nobody will
@@ -357,28 +344,20 @@ impl Ring {
     ///
     /// # Errors
     /// When the ring is not in guest memory any more.
-    pub fn arm(&mut self, memory: &GuestMemoryMmap) -> Result<bool, RingError> {
+    pub fn arm(&mut self, memory: &Finder<'_>) -> Result<bool, RingError> {
         if self.is_replaying() {
             return Ok(true);
         }
-        let available = self.queue.enable_notification(memory).map_err(RingError::Available);
+        let available = self.split.arm(memory);
         self.log.iter().for_each(RingLog::mark_wish);
-        available
+        Ok(available?)
     }
 
-    /// Asks for no kicks while the worker is awake. With EVENT_IDX there are none as it is, because
-    /// the entry that was asked for lies behind.
-    pub fn quieten(&mut self, memory: &GuestMemoryMmap) {
-        if !self.queue.event_idx_enabled() {
-            let flags = (VRING_USED_F_NO_NOTIFY as u16).to_le();
-            // It is a hint; a ring that went away is found out where it matters.
-            let _ = memory.store(flags, self.used(0), Ordering::Relaxed);
+    /// Asks for no kicks while the worker is awake.
+    pub fn quieten(&mut self, memory: &Finder<'_>) {
+        if self.split.quieten(memory) {
             self.log.iter().for_each(RingLog::mark_wish);
         }
-    }
-
-    fn used(&self, offset: u64) -> GuestAddress {
-        GuestAddress(self.queue.used_ring().wrapping_add(offset))
     }
 
     fn signal(&self) {
@@ -394,18 +373,17 @@ impl Ring {
 fn recover(
     index: usize,
     mut record: Record,
-    queue: &mut Queue,
-    used: u16,
-    memory: &GuestMemoryMmap,
+    split: &mut Split,
+    memory: &Finder<'_>,
 ) -> Result<Inflight, RingError> {
-    let available = queue.avail_idx(memory, Ordering::Acquire).map_err(RingError::Setup)?;
-    let recovered = record.recover(queue.size(), used, available.0)?;
+    let available = split.available(memory).index(Ordering::Acquire)?;
+    let recovered = record.recover(split.size(), split.next_used, available)?;
     let replay = recovered.replay;
     if !replay.is_empty() {
         let count = replay.len();
         tracing::info!("queue {index}: {count} requests of a predecessor are taken up again");
     }
-    queue.set_next_avail(recovered.next_available);
+    split.next_available = recovered.next_available;
     Ok(Inflight { record, replay })
 }
 

@@ -1,5 +1,6 @@
 //! A worker whose device has rate limits: it takes no chains while there are no tokens.
 
+use crate::blk::memory::Finder;
 use crate::worker::Worker;
 
 /// Nanoseconds in a millisecond.
@@ -21,10 +22,10 @@ impl<F: Future<Output = ()>> Worker<F> {
     }
 
     fn has_available(&mut self) -> bool {
-        let map = self.memory.map();
+        let memory = Finder::new(self.memory.map());
         let mut any = false;
         for ring in self.rings.iter_mut().filter(|ring| ring.is_open()) {
-            match ring.has_available(map) {
+            match ring.has_available(&memory) {
                 Ok(available) => any |= available,
                 Err(why) => ring.fail(&why),
             }
