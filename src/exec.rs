@@ -170,6 +170,19 @@ impl<F: Future<Output = ()>> TaskSet<F> {
     }
 }
 
+/// Lets everybody else who is ready run before the caller goes on.
+pub async fn yield_now() {
+    let mut yielded = false;
+    std::future::poll_fn(|context| {
+        if std::mem::replace(&mut yielded, true) {
+            return Poll::Ready(());
+        }
+        context.waker().wake_by_ref();
+        Poll::Pending
+    })
+    .await;
+}
+
 struct ThreadWaker(Thread);
 
 impl Wake for ThreadWaker {

@@ -16,6 +16,7 @@ mod takeover;
 mod values;
 pub mod verb;
 
+use std::num::NonZero;
 use std::path::{Path, PathBuf};
 
 use clap::Parser;
@@ -175,6 +176,12 @@ pub struct Arguments {
     pub print_file: Option<packaging::File>,
 }
 
+/// How many threads inflate clusters: more processors than these have better things to do.
+fn inflaters() -> usize {
+    const MOST: usize = 4;
+    std::thread::available_parallelism().map_or(1, NonZero::get).min(MOST)
+}
+
 impl Arguments {
     /// How the image is opened.
     fn open_options(&self) -> OpenOptions {
@@ -184,6 +191,7 @@ impl Arguments {
             allow_paths: self.allow_path.clone(),
             backing_format: self.backing_format.map(Format::from),
             compress: self.compress,
+            inflaters: inflaters(),
             policy: self.policy(),
             ..OpenOptions::default()
         }

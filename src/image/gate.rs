@@ -13,7 +13,7 @@ use crate::image::policy::Policy;
 use crate::qcow2::create::CreateOptions;
 use crate::qcow2::header::Header;
 use crate::qcow2::open::{Parts, read_header, repair_dirty};
-use crate::qcow2::{CacheSizes, Inflated, InflatedBytes, Qcow2};
+use crate::qcow2::{CacheSizes, Inflated, InflatedBytes, Inflaters, Qcow2};
 use crate::raw::Raw;
 use crate::storage::{FileSource, OpenMode, Opened, Storage};
 use crate::sync::Arc;
@@ -45,6 +45,8 @@ pub struct OpenOptions {
     pub caches: CacheSizes,
     /// Memory for inflated clusters, for all layers together.
     pub inflated: InflatedBytes,
+    /// Most threads that inflate clusters beside those who read them; with none, these do it.
+    pub inflaters: usize,
     /// Compress what the guest writes, where it writes whole clusters to a new place.
     pub compress: bool,
     /// What becomes of discards and of zeros.
@@ -67,6 +69,7 @@ impl Image {
         let layers = gate.open_chain(path).await?;
         let mut image = Self::from_layers(layers, options.read_only).with_policy(options.policy);
         (image.inflated, image.compress) = (gate.inflated, options.compress);
+        image.inflaters = Inflaters::new(options.inflaters);
         image.name = path.display().to_string().into();
         if options.compress {
             image.compressible().map_err(|error| error.within(path.display()))?;

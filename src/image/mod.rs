@@ -32,7 +32,7 @@ use crate::bytes::GuestOffset;
 use crate::error::{Error, Result};
 use crate::image::chain::{Chain, Layer};
 use crate::image::transfer::Batch;
-use crate::qcow2::{Epochs, Inflated, InflatedBytes, Stay, WritePlan, WriteTarget};
+use crate::qcow2::{Epochs, Inflated, InflatedBytes, Inflaters, Stay, WritePlan, WriteTarget};
 use crate::raw::Raw;
 use crate::storage::{Buf, Op, Purpose, Storage};
 use crate::sync::Arc;
@@ -52,6 +52,7 @@ pub struct Image {
     /// Whether guests' writes of whole new clusters are compressed.
     compress: bool,
     inflated: Arc<Inflated>,
+    inflaters: Inflaters,
     policy: Policy,
 }
 
@@ -73,7 +74,8 @@ impl Image {
         let inflated = Arc::new(Inflated::new(InflatedBytes(0)));
         let policy = Policy::default();
         let (name, chain) = ("disk".into(), Chain::new(layers));
-        Self { name, chain, size, read_only, compress: false, inflated, policy }
+        let inflaters = Inflaters::new(0);
+        Self { name, chain, size, read_only, compress: false, inflated, inflaters, policy }
     }
 
     /// The same disk with other choices of the operator.

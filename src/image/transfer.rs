@@ -6,7 +6,7 @@ use crate::bytes::GuestOffset;
 use crate::error::{Error, Result};
 use crate::image::Image;
 use crate::image::chain::Place;
-use crate::qcow2::Extent;
+use crate::qcow2::{Extent, Packed};
 use crate::storage::{Buf, Op, Pending, Purpose, Storage};
 
 /// Transfers under way. All of them are awaited before the request ends, also when one fails: the
@@ -139,7 +139,8 @@ impl Image {
             let op = Op::Read { at: extent.place.at, buf: source.clone() };
             let read = st.submit(file, Purpose::CompressedRead, op).await;
             read.map_err(|source| Error::io("reading a compressed cluster", source))?;
-            crate::qcow2::inflate(kind, extent.place, &source.to_vec(), size(cluster_size))
+            let (place, source) = (extent.place, source.to_vec());
+            self.inflaters.inflate(Packed { kind, place, source, size: size(cluster_size) }).await
         };
         let cluster = self.inflated.get(file, extent.place, load).await?;
         buf.copy_from(done, &cluster[size(extent.skip)..size(extent.skip + extent.len)]);

@@ -5,10 +5,10 @@
 //! find room, `claims` keeps writers of one cluster apart, `write`, `fill` and `discard` change
 //! entries, `flush` makes changes durable in the order that `ORDERING.md` states, `limbo` and
 //! `epoch` decide when a freed cluster may be used again. Of compressed clusters, `compress` knows
-//! the encodings, `compress_write` where new ones go, `inflated` what was read. `snapshot` and
-//! `resize` change images that nothing else uses, through what they share in `offline`;
-//! `bitmap` keeps dirty bitmaps true. `journal` notes what a killed process must not take along,
-//! and `redo` does it again.
+//! the encodings, `compress_write` where new ones go, `inflated` what was read, `inflaters` who
+//! does the work. `snapshot` and `resize` change images that nothing else uses, through what they
+//! share in `offline`; `bitmap` keeps dirty bitmaps true. `journal` notes what a killed process
+//! must not take along, and `redo` does it again.
 //!
 //! [`check`] looks for contradictions in an image that nobody uses and repairs them, `mark` changes
 //! the header's feature bits in place, `rewrite` and `amend` the rest of the header.
@@ -32,6 +32,7 @@ pub mod format;
 pub mod geometry;
 pub mod header;
 mod inflated;
+mod inflaters;
 pub mod journal;
 mod layout;
 mod limbo;
@@ -54,11 +55,12 @@ use std::collections::BTreeSet;
 use std::fmt;
 
 pub use amend::Amend;
-pub(crate) use compress::{deflate, inflate};
+pub(crate) use compress::deflate;
 pub(crate) use discard::Erase;
 pub(crate) use epoch::{Epochs, Stay};
 pub(crate) use inflated::Inflated;
 pub use inflated::InflatedBytes;
+pub(crate) use inflaters::{Inflaters, Packed};
 pub(crate) use map::CompressedExtent;
 pub use map::{Extent, WriteTarget};
 pub use resize::NewSize;

@@ -100,6 +100,43 @@ fn readers_of_one_cluster_at_the_same_time_inflate_it_once() {
 }
 
 #[test]
+fn many_readers_meet_threads_that_inflate() {
+    const CLUSTERS: usize = 48;
+    for kind in ["zlib", "zstd"] {
+        let shape = Shape::new(kind, 16, CLUSTERS << 16);
+        let disk = shape.disk();
+        let engine = disk.engine(0, 0);
+        let image = open(&engine, &disk, &options(false));
+        let bytes = filled(CLUSTERS, 5000, 3);
+        write_all(&engine, &image, &bytes);
+        block_on(&engine, image.close(&engine)).expect("close");
+        // A quarter of the disk in memory, so that most reads have to wait for a thread.
+        let inflated = InflatedBytes(12 << 16);
+        let options = OpenOptions { inflaters: 3, inflated, ..options(false) };
+        let image = open(&engine, &disk, &options);
+        let mut random = fastrand::Rng::with_seed(4);
+        let mut tasks = TaskSet::new(32, || {});
+        let mut left = 2000;
+        while left > 0 || !tasks.is_idle() {
+            while left > 0 && tasks.has_room() {
+                left -= 1;
+                let at = random.usize(0..bytes.len() / 4096) * 4096;
+                let (image, bytes, engine) = (&image, &bytes, &engine);
+                tasks.spawn(async move {
+                    let buf = Buf::zeroed(4096);
+                    let place = GuestOffset(at as u64);
+                    image.read(engine, place, buf.clone()).await.expect("read");
+                    assert!(buf.to_vec() == bytes[at..at + 4096], "{kind} at {at}");
+                });
+            }
+            if tasks.run_ready() + engine.reap() == 0 {
+                std::thread::yield_now();
+            }
+        }
+    }
+}
+
+#[test]
 fn hostile_compressed_bytes_fail_alone() {
     let zeros = vec![0; 32 << 20];
     // A window of 2^41 bytes; what inflates to 32 MiB; a frame that ends early; noise.
