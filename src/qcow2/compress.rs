@@ -10,6 +10,7 @@
 use std::cell::RefCell;
 
 use flate2::{Compress, Decompress, FlushCompress, FlushDecompress, Status};
+use libdeflater::Decompressor;
 use zstd::zstd_safe::{CCtx, DCtx, find_frame_compressed_size};
 
 use crate::error::{CorruptKind, Error, Result};
@@ -20,6 +21,7 @@ use crate::qcow2::header::Compression;
 const WINDOW_BITS: u8 = 12;
 
 thread_local! {
+    static INFLATE_WHOLE: RefCell<Decompressor> = RefCell::new(Decompressor::new());
     static INFLATE: RefCell<Decompress> = RefCell::new(Decompress::new(false));
     static DEFLATE: RefCell<Compress> = RefCell::new(deflater());
     static FROM_ZSTD: RefCell<DCtx<'static>> = RefCell::new(DCtx::create());
@@ -50,7 +52,16 @@ pub(crate) fn inflate(
 }
 
 /// Raw deflate without header or checksum.
+///
+/// A decoder that knows where all of its input and output are is faster, but demands that the
+/// stream ends with the cluster. QEMU reads streams that are cut off or go on behind it, so others
+/// are decoded step by step.
 fn inflate_zlib(source: &[u8], cluster: &mut [u8]) -> Option<usize> {
+    let whole = INFLATE_WHOLE.with_borrow_mut(|all| all.deflate_decompress(source, cluster));
+    whole.ok().or_else(|| inflate_steps(source, cluster))
+}
+
+fn inflate_steps(source: &[u8], cluster: &mut [u8]) -> Option<usize> {
     INFLATE.with_borrow_mut(|stream| {
         stream.reset(false);
         let status = stream.decompress(source, cluster, FlushDecompress::Finish).ok()?;
@@ -136,6 +147,18 @@ mod tests {
                 assert!(deflate(kind, &vec![0; len]).is_some(), "{kind:?}");
             }
         }
+    }
+
+    #[test]
+    fn streams_that_do_not_end_with_the_cluster_are_read() {
+        let cluster = b"0123456789abcdef".repeat(256);
+        let two = deflate(Compression::Zlib, &cluster.repeat(2)).expect("it repeats itself");
+        assert_eq!(inflate(Compression::Zlib, PLACE, &two, 4096).expect("inflates"), cluster);
+        let mut open = vec![0; 4096];
+        let mut stream = deflater();
+        stream.compress(&cluster, &mut open, FlushCompress::Sync).expect("compresses");
+        open.truncate(usize::try_from(stream.total_out()).expect("few bytes"));
+        assert_eq!(inflate(Compression::Zlib, PLACE, &open, 4096).expect("inflates"), cluster);
     }
 
     #[test]
