@@ -42,11 +42,21 @@ impl Segment {
 }
 
 /// A list of byte runs and what keeps their memory alive.
-#[derive(Clone)]
 pub struct Buf {
     segments: SmallVec<[Segment; 4]>,
     len: usize,
     keep: SmallVec<[Rc<dyn Any>; 1]>,
+}
+
+impl Clone for Buf {
+    // Every transfer has a copy; most hold on to one thing.
+    fn clone(&self) -> Self {
+        let keep = match &self.keep[..] {
+            [one] => SmallVec::from_buf([Rc::clone(one)]),
+            many => many.iter().cloned().collect(),
+        };
+        Self { segments: SmallVec::from_slice(&self.segments), len: self.len, keep }
+    }
 }
 
 impl fmt::Debug for Buf {
