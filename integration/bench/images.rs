@@ -102,7 +102,8 @@ impl Images {
             };
             self.once(&name(layer), make)?;
         }
-        Ok(Disk::qcow2(self.file(&name(layers - 1))))
+        let backing = (0..layers - 1).map(|layer| self.file(&name(layer))).collect();
+        Ok(Disk { backing, ..Disk::qcow2(self.file(&name(layers - 1))) })
     }
 
     /// A compressed image; `kind` is `zlib` or `zstd`.

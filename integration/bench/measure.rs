@@ -188,6 +188,7 @@ impl Bench {
         let disk = (case.disk)(side)?;
         if case.warm && !case.direct {
             warm(&disk.path)?;
+            disk.backing.iter().try_for_each(|path| warm(path))?;
         }
         let server = Server::start(&self.program, side, &disk, case.direct, case.queues)?;
         let block = case.load.block as usize;

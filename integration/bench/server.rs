@@ -58,15 +58,17 @@ pub(crate) struct Disk {
     pub(crate) path: PathBuf,
     /// `raw` or `qcow2`.
     pub(crate) format: &'static str,
+    /// The files of the layers below.
+    pub(crate) backing: Vec<PathBuf>,
 }
 
 impl Disk {
     pub(crate) fn qcow2(path: PathBuf) -> Self {
-        Self { path, format: "qcow2" }
+        Self { path, format: "qcow2", backing: Vec::new() }
     }
 
     pub(crate) fn raw(path: PathBuf) -> Self {
-        Self { path, format: "raw" }
+        Self { path, format: "raw", backing: Vec::new() }
     }
 }
 
