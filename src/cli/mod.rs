@@ -6,12 +6,10 @@ pub mod ctl;
 mod doors;
 mod image;
 mod inside;
-#[expect(dead_code, reason = "the verbs that take long come next")]
 mod interrupt;
 pub mod logging;
 mod manual;
 pub mod packaging;
-#[expect(dead_code, reason = "the verbs that take long come next")]
 mod progress;
 pub mod serve;
 pub mod size;

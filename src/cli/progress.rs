@@ -100,14 +100,6 @@ impl Told {
         }
     }
 
-    /// There is another number of bytes to do than was thought.
-    pub(super) fn set_total(&mut self, total: u64) {
-        self.total = total;
-        if let How::Bar(bar) = &self.how {
-            bar.set_length(total);
-        }
-    }
-
     /// Everything is done.
     pub(super) fn finish(self) {
         match &self.how {

@@ -12,6 +12,7 @@ use crate::cli::image::bitmap::Bitmap;
 use crate::cli::image::check::Check;
 use crate::cli::image::commit::Commit;
 use crate::cli::image::compare::Compare;
+use crate::cli::image::convert::Convert;
 use crate::cli::image::create::Create;
 use crate::cli::image::dd::Dd;
 use crate::cli::image::finish;
@@ -41,6 +42,8 @@ pub enum Verb {
     Measure(Measure),
     /// Tell whether two images hold the same bytes
     Compare(Compare),
+    /// Copy disks into another file, format or layout
+    Convert(Convert),
     /// Make an image
     Create(Create),
     /// Make a disk larger or smaller
@@ -99,6 +102,7 @@ impl Verb {
             Self::Map(verb) => finish(verb.run(), 1),
             Self::Measure(verb) => finish(verb.run(), 1),
             Self::Compare(verb) => finish(verb.run(), 2),
+            Self::Convert(verb) => finish(verb.run(), 1),
             Self::Create(verb) => finish(verb.run(), 1),
             Self::Resize(verb) => finish(verb.run(), 1),
             Self::Snapshot(verb) => finish(verb.run(), 1),

@@ -70,11 +70,50 @@ impl Image {
         if len >= image.cluster_size() {
             return Ok(false);
         }
+        self.place_compressed(st, image, at, (&bytes, len)).await
+    }
+
+    /// Writes one whole cluster, or the disk's last one up to its end, whose compressed bytes are
+    /// known if there is any use in them; else plainly, as [`Image::write_compressed`] does.
+    pub(super) async fn write_deflated(
+        &self,
+        st: &dyn Storage,
+        at: GuestOffset,
+        buf: &Buf,
+        bytes: Option<&[u8]>,
+    ) -> Result<()> {
+        let image = self.compressible()?;
+        self.check_write(at, buf.len() as u64)?;
+        if let (Some(bytes), Some(block)) = (bytes, image.compressed_block(st)) {
+            let len = round_up(bytes.len() as u64, block);
+            if !image.note_change(at.0, buf.len() as u64) {
+                Box::pin(image.start_change(st, at.0, buf.len() as u64)).await?;
+            }
+            let _stay = image.epochs().enter(st.lane());
+            if len < image.cluster_size() {
+                let placed = self.place_compressed(st, image, at, (bytes, len)).await;
+                if self.answer(st, placed).await? {
+                    return Ok(());
+                }
+            }
+        }
+        self.write_mode(st, at, buf, false).await
+    }
+
+    /// Writes the compressed bytes of one cluster, filled up to `len` bytes, which are whole blocks
+    /// and less than a cluster; `false` when the cluster is to be written plainly.
+    pub(super) async fn place_compressed(
+        &self,
+        st: &dyn Storage,
+        image: &Qcow2,
+        at: GuestOffset,
+        (bytes, len): (&[u8], u64),
+    ) -> Result<bool> {
         let Some(plan) = image.prepare_compressed(st, at, len).await? else { return Ok(false) };
         let (file, to) = (plan.target(), plan.at());
         image.check_overlap(file, to, len)?;
         let padded = Buf::zeroed(usize::try_from(len).expect("less than a cluster"));
-        padded.copy_from(0, &bytes);
+        padded.copy_from(0, bytes);
         let op = Op::Write { at: to, buf: padded };
         let done = st.submit(file, Purpose::CompressedWrite, op).await;
         image.mark_dirty(file);

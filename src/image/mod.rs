@@ -11,6 +11,7 @@ mod chain;
 pub mod commit;
 pub mod compare;
 mod compress;
+pub mod convert;
 pub mod dd;
 pub mod describe;
 mod erase;

@@ -76,6 +76,31 @@ impl Layout {
         })
     }
 
+    /// The same image with so many L2 tables and data clusters, whatever is prepared; `None` when
+    /// the file would be too large.
+    pub(super) fn with_data(
+        self,
+        refcount_order: u32,
+        l2_tables: u64,
+        data_clusters: u64,
+    ) -> Option<Self> {
+        let fixed = self.l1_clusters.checked_add(l2_tables)?.checked_add(data_clusters)?;
+        let counts = Counts::new(self.cluster_size(), refcount_order, fixed.checked_add(1)?)?;
+        let blocks = self.reftable.checked_add(counts.table)?;
+        let l1 = blocks.checked_add(counts.blocks)?;
+        let l2 = l1.checked_add(self.l1_clusters)?;
+        let data = l2.checked_add(l2_tables)?;
+        let end = data.checked_add(data_clusters)?;
+        let (reftable_clusters, block_count) = (counts.table, counts.blocks);
+        let placed = Self { reftable_clusters, blocks, block_count, l1, l2, l2_tables, ..self };
+        Some(Self { data, data_clusters, end, ..placed })
+    }
+
+    /// How many clusters one L2 table tells of.
+    pub(super) fn entries_in_table(&self) -> u64 {
+        self.cluster_size() >> self.entry_bits
+    }
+
     /// The first byte of a cluster.
     pub(super) fn start(&self, cluster: u64) -> u64 {
         cluster.checked_shl(self.cluster_bits).unwrap_or(u64::MAX)
@@ -86,7 +111,7 @@ impl Layout {
         self.start(1)
     }
 
-    fn empty_cluster(&self) -> Vec<u8> {
+    pub(super) fn empty_cluster(&self) -> Vec<u8> {
         vec![0; usize::try_from(self.cluster_size()).unwrap_or_default()]
     }
 

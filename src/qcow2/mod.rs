@@ -48,6 +48,7 @@ mod resize;
 mod rewrite;
 pub mod snapshot;
 mod status;
+pub mod stream;
 mod table;
 mod write;
 

@@ -6,6 +6,7 @@
 //! an engine, and [`host::engine`] picks the right ones. Above this line nobody sees a short
 //! transfer or an end of file: transfers are resumed, and reads past the end give zeros.
 
+pub mod appear;
 pub mod bounce;
 pub mod buf;
 #[cfg(test)]

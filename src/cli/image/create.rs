@@ -5,13 +5,14 @@ use std::path::{Path, PathBuf};
 use clap::Args;
 
 use crate::cli::image::options::Layout;
-use crate::cli::image::{Tool, print};
+use crate::cli::image::{Tool, print, target};
 use crate::cli::{ImageFormat, size};
 use crate::error::{Error, Result};
 use crate::image::make::{self, NewImage};
 use crate::image::{Format, OpenOptions};
 use crate::qcow2::create::{CreateOptions, Preallocation};
 use crate::qcow2::header::Compression;
+use crate::storage::appear::{Appearing, Foreseen};
 
 const EXAMPLES: &str = "\
 A file that is there already is replaced, unless it is in use.
@@ -86,18 +87,32 @@ impl Create {
             ..OpenOptions::default()
         };
         let tool = Tool::new()?;
-        let mut files = vec![self.image.clone()];
-        files.extend(new.layout.data_file.iter().map(|name| make::reference(&self.image, name)));
-        files.retain(|path| path.symlink_metadata().is_err());
-        let made = make::make(&*tool.engine, &*tool.files, &self.image, &new, &options);
-        let made = tool.run(made).inspect_err(|_| {
-            // The beginning of an image is worth nothing; the error that matters is the first one.
-            files.iter().for_each(|path| drop(std::fs::remove_file(path)));
-        })?;
+        let begun = target::begun(&self.image, &new);
+        let made = if target::is_device(&self.image) {
+            tool.run(make::make(&*tool.engine, &*tool.files, &self.image, &new, &options))
+        } else {
+            self.make_appear(&tool, &new, &options)
+        };
+        let made = made.inspect_err(|_| target::discard(begun.as_deref()))?;
         if !self.quiet {
             print(&describe(&self.image, format, &made))?;
         }
         Ok(0)
+    }
+
+    /// Makes a file that is there only when it is complete, however this ends.
+    fn make_appear(
+        &self,
+        tool: &Tool,
+        new: &NewImage,
+        options: &OpenOptions,
+    ) -> Result<CreateOptions> {
+        let _lock = target::lock_old(&self.image)?;
+        let file = Appearing::new(&self.image)?;
+        let source = Foreseen { source: &*tool.files, path: &self.image, file: &file };
+        let made = tool.run(make::make(&*tool.engine, &source, &self.image, new, options))?;
+        file.publish(true)?;
+        Ok(made)
     }
 
     fn new_image(&self, layout: Layout, format: Format) -> Result<NewImage> {

@@ -6,6 +6,7 @@ pub(super) mod bitmap;
 pub(super) mod check;
 pub(super) mod commit;
 pub(super) mod compare;
+pub(super) mod convert;
 pub(super) mod create;
 pub(super) mod dd;
 mod human;
@@ -17,6 +18,7 @@ pub(super) mod rebase;
 pub(super) mod resize;
 pub(super) mod snapshot;
 mod steps;
+mod target;
 
 use std::io::{ErrorKind, Write};
 use std::path::PathBuf;
@@ -75,6 +77,13 @@ pub(super) enum Output {
     Human,
     /// For programs, with qemu-img's keys
     Json,
+}
+
+impl Sharing {
+    /// Whether nothing is locked.
+    fn is_forced(self) -> bool {
+        self.force_share
+    }
 }
 
 impl Opening {

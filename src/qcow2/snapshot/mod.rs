@@ -9,6 +9,7 @@
 mod apply;
 mod create;
 mod delete;
+mod show;
 pub(super) mod table;
 pub(super) mod tree;
 
