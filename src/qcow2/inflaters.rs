@@ -318,7 +318,8 @@ mod tests {
         let mut context = Context::from_waker(Waker::noop());
         for _ in 0..20 {
             let mut gone = Box::pin(inflaters.inflate(packed(Compression::Zlib, 1, 1 << 18)));
-            assert!(gone.as_mut().poll(&mut context).is_pending());
+            // The thread may have been faster than we.
+            let _ = gone.as_mut().poll(&mut context);
             drop(gone);
         }
         let answer = block_on(inflaters.inflate(packed(Compression::Zlib, 2, 1 << 18)), || false);
