@@ -150,11 +150,11 @@ impl Convert {
         let new = NewImage { size: Some(new.size.unwrap_or(convert::size(&sources)?)), ..new };
         let copy = Copy { arguments: self, tool: &tool, interrupts: &interrupts };
         if streams {
-            copy.into_stream(&sources, &new)
+            copy.convert_to_stream(&sources, &new)
         } else if in_place {
-            copy.into_existing(&sources, target, &new)
+            copy.convert_to_existing(&sources, target, &new)
         } else {
-            copy.into_new(&sources, target, &new)
+            copy.convert_to_new(&sources, target, &new)
         }
     }
 
@@ -231,7 +231,7 @@ struct Copy<'a> {
 
 impl Copy<'_> {
     /// Copies into a file that appears when it is complete.
-    fn into_new(&self, sources: &[Image], target: &Path, new: &NewImage) -> Result<u8> {
+    fn convert_to_new(&self, sources: &[Image], target: &Path, new: &NewImage) -> Result<u8> {
         let _lock = lock_old(target)?;
         let file = Appearing::new(target)?;
         let begun = target::begun(target, new);
@@ -284,7 +284,7 @@ impl Copy<'_> {
     }
 
     /// Copies to standard output, from front to back.
-    fn into_stream(&self, sources: &[Image], new: &NewImage) -> Result<u8> {
+    fn convert_to_stream(&self, sources: &[Image], new: &NewImage) -> Result<u8> {
         let arguments = self.arguments;
         if arguments.existing {
             return Err(Error::refused("standard output", "there is no image yet (-n)"));
@@ -304,7 +304,7 @@ impl Copy<'_> {
     }
 
     /// Copies into what is there already.
-    fn into_existing(&self, sources: &[Image], target: &Path, new: &NewImage) -> Result<u8> {
+    fn convert_to_existing(&self, sources: &[Image], target: &Path, new: &NewImage) -> Result<u8> {
         let tool = self.tool;
         let opening = OpenOptions { format: Some(new.format), ..self.arguments.opening.options() };
         let _lock = if self.arguments.sharing.is_forced() { lock_old(target)? } else { None };

@@ -112,8 +112,8 @@ impl Rules {
         at.saturating_add(len) >= self.length.saturating_add(self.cluster_size())
     }
 
-    /// Whether a table, which is aligned, runs past the cluster in which the file ends: a small one
-    /// is not there at all then, and the image could not be opened with it.
+    /// Whether a table or a compressed cluster runs past the cluster in which the file ends: a small
+    /// one is not there at all then.
     pub(super) fn cuts(&self, at: u64, len: u64) -> bool {
         at.saturating_add(len) > round_up(self.length, self.cluster_size())
     }
@@ -194,7 +194,7 @@ impl Rules {
         reading.wrong(entry.bitmap != 0, "a compressed cluster has a bitmap of subclusters");
         reading.mapped = Mapped::Compressed;
         let (at, len) = self.descriptor(entry.word);
-        if self.beyond(at, len) {
+        if self.cuts(at, len) {
             reading.wrong(true, "the compressed cluster lies beyond the end of the file");
         } else {
             reading.refers = Some((at, len));
@@ -245,7 +245,7 @@ impl Rules {
     pub(super) fn mend(&self, entry: Entry, guest: u64) -> Mended<Entry> {
         if entry.word & COMPRESSED != 0 {
             let (at, len) = self.descriptor(entry.word);
-            if self.data_file || self.beyond(at, len) || self.over_metadata(at, len) {
+            if self.data_file || self.cuts(at, len) || self.over_metadata(at, len) {
                 return Mended {
                     entry: self.zeros(Entry { bitmap: ALLOCATED, ..entry }),
                     lost: true,
