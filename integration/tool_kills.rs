@@ -221,6 +221,10 @@ impl Place<'_> {
         let ended = child.try_wait().expect("ask for it");
         child.kill().expect("kill it");
         let status = child.wait().expect("it ends");
+        if ended.is_none() {
+            // The kernel takes a ring apart, and ends its writes, some time after the process.
+            std::thread::sleep(Duration::from_millis(100));
+        }
         ended.map(|_| {
             assert!(status.success(), "{}: {status}", verb.words);
             begun.elapsed()

@@ -1,5 +1,5 @@
-//! An image that is written from front to back: which clusters it holds is known beforehand, so that
-//! all tables come first and the data follow in the disk's order.
+//! An image that is written from front to back: which clusters it holds is known beforehand, so
+//! that all tables come first and the data follow in the disk's order.
 
 #![deny(clippy::as_conversions, clippy::arithmetic_side_effects, clippy::indexing_slicing)]
 
