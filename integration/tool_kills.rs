@@ -86,7 +86,7 @@ const VERBS: [Verb; 19] = [
         Some("snapshots.qcow2"),
         Leaves::Sound,
     ),
-    verb("resize -q target.qcow2 64G", Some("disk.qcow2"), Leaves::Either(&["disk.raw"])),
+    verb("resize -q target.qcow2 400M", Some("disk.qcow2"), Leaves::Either(&["disk.raw"])),
     verb("resize -q --shrink target.qcow2 1M", Some("disk.qcow2"), Leaves::Either(&["disk.raw"])),
     verb(
         "snapshot -c three target.qcow2",
