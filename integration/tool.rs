@@ -8,6 +8,8 @@
 mod bits;
 #[path = "tool/corpus.rs"]
 mod corpus;
+#[path = "tool/damage.rs"]
+mod damage;
 #[path = "tool/edits.rs"]
 mod edits;
 #[path = "tool/readme.rs"]
@@ -18,7 +20,8 @@ use std::fs;
 use std::path::Path;
 use std::process::{Command, Output};
 
-use corpus::{DAMAGES, Picture, create, qemu_io};
+use corpus::{Picture, create, qemu_io};
+use damage::DAMAGES;
 use integration::daemon::program;
 use integration::images;
 use integration::scratch::Scratch;

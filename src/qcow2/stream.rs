@@ -165,11 +165,7 @@ impl StreamLayout {
 }
 
 #[cfg(test)]
-#[expect(
-    clippy::indexing_slicing,
-    clippy::arithmetic_side_effects,
-    reason = "a panic fails the test"
-)]
+#[expect(clippy::indexing_slicing, reason = "a panic fails the test")]
 mod tests {
     use super::*;
 
