@@ -1,5 +1,5 @@
-//! Telling how far a long piece of work is: a bar for people, lines for programs. Everything goes to
-//! standard error, but for what `-p` writes where there is no terminal: that is qemu-img's, on
+//! Telling how far a long piece of work is: a bar for people, lines for programs. Everything goes
+//! to standard error, but for what `-p` writes where there is no terminal: that is qemu-img's, on
 //! standard output, for those who parse it.
 
 use std::io::{IsTerminal, Write};

@@ -112,8 +112,8 @@ impl Rules {
         at.saturating_add(len) >= self.length.saturating_add(self.cluster_size())
     }
 
-    /// Whether a table or a compressed cluster runs past the cluster in which the file ends: a small
-    /// one is not there at all then.
+    /// Whether a table or a compressed cluster runs past the cluster in which the file ends: a
+    /// small one is not there at all then.
     pub(super) fn cuts(&self, at: u64, len: u64) -> bool {
         at.saturating_add(len) > round_up(self.length, self.cluster_size())
     }
