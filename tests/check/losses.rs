@@ -264,3 +264,17 @@ fn leaks_are_not_repaired_beside_broken_bitmaps() {
     assert!(report.is_clean() && report.losses > 0, "{report:?}");
     assert_eq!(disk.content(FILE)[95] & 1, 0, "they are called valid");
 }
+
+#[test]
+fn a_directory_with_more_bitmaps_than_the_header_counts_is_not_taken_for_leaks() {
+    let (mut bytes, extension) = with_bitmaps();
+    for count in [1, 0] {
+        bytes[extension + 3] = count;
+        let disk = disk_of(bytes.clone());
+        let report = run(&disk, Repair::Leaks);
+        assert!(report.corruptions > 0 && report.leaks_fixed == 0, "{count}: {report:?}");
+        assert!(disk.content(FILE) == bytes, "{count}: something was changed");
+        let report = run(&disk, Repair::All);
+        assert!(report.is_clean() && report.losses > 0, "{count}: {report:?}");
+    }
+}

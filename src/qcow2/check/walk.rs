@@ -378,6 +378,11 @@ impl<'w, 'a> Walk<'w, 'a> {
             at = at.saturating_add(usize::try_from(len).unwrap_or(usize::MAX / 2));
             at = at.next_multiple_of(8);
         }
+        if at != bytes.len() {
+            // Whoever goes by its length finds other bitmaps there than whoever counts.
+            let count = directory.count;
+            bitmaps_broken(notes, || format!("the bitmap directory does not end behind {count}"));
+        }
         Ok(())
     }
 
