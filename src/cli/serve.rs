@@ -288,9 +288,11 @@ fn open(
     path: &Path,
 ) -> Result<Image> {
     let source: &dyn FileSource = &**files;
-    if let Some(size) = arguments.create
-        && !exists(path)?
-    {
+    let new = match arguments.create {
+        Some(size) if !exists(path)? => Some(size),
+        _ => None,
+    };
+    if let Some(size) = new {
         if arguments.format == Some(ImageFormat::Raw) {
             let why = "--create makes qcow2 images; for a raw one use truncate -s, or leave \
                        --format raw out";
@@ -299,7 +301,9 @@ fn open(
         create(arguments, path, size)?;
     }
     let image = block_on(engine, Image::open(engine, source, path, &arguments.open_options()))?;
-    image.expect_predecessor();
+    if new.is_none() {
+        image.expect_predecessor();
+    }
     Ok(image)
 }
 

@@ -102,6 +102,19 @@ fn every_method_answers_without_a_guest() {
 }
 
 #[test]
+fn a_disk_does_not_shrink_while_a_guest_may_come_back_to_it() {
+    let bench = Bench::new();
+    let image = bench.path("disk.qcow2");
+    let mut daemon = serve(&bench, &image, &["--create", "1M"]);
+    assert_eq!(call(&bench, &["shutdown"]), json!({}));
+    assert_eq!(daemon.wait(), 0);
+    let _daemon = serve(&bench, &image, &[]);
+    assert_refused(&bench, &["resize", "size=512K", "shrink=true"], "a guest may come back");
+    let resized = json!({ "virtual-size": 2 * SIZE, "was": SIZE });
+    assert_eq!(call(&bench, &["resize", "size=2M"]), resized);
+}
+
+#[test]
 fn rate_limits_are_shown_changed_and_taken_away() {
     let bench = Bench::new();
     let image = bench.path("disk.qcow2");
