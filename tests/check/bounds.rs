@@ -104,3 +104,19 @@ fn a_small_l1_table_right_behind_the_end_of_the_file_is_an_error() {
         assert!(disk.content(FILE) == *made.image(), "{repair:?} has changed the image");
     }
 }
+
+#[test]
+fn a_compressed_cluster_right_behind_the_end_of_the_file_is_an_error() {
+    let mut made = Layout::new(12, 800, Kind::Compressed("zlib")).make(0);
+    let image = made.image();
+    let end = image.len().next_multiple_of(4096);
+    image.resize(end, 0);
+    let word = |at: usize| u64::from_be_bytes(image[at..at + 8].try_into().expect("eight bytes"));
+    let place = |word: u64| usize::try_from(word & 0x00ff_ffff_ffff_fe00).expect("a small file");
+    let entry = place(word(place(word(40))));
+    // One sector, the first behind the end.
+    image[entry..entry + 8].copy_from_slice(&(1 << 62 | end as u64).to_be_bytes());
+    let report = run(&made.disk(), Repair::None);
+    let told = |finding: &String| finding.contains("compressed cluster lies beyond the end");
+    assert!(report.findings.iter().any(told), "{report:?}");
+}
