@@ -31,7 +31,7 @@ use std::path::Path;
 
 pub use buf::Buf;
 pub use ops::Pending;
-pub use sys::memory_file;
+pub use sys::{Switches, memory_file, switches};
 
 use crate::bytes::HostOffset;
 use crate::error::Result;

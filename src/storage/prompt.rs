@@ -8,9 +8,12 @@
 //!
 //! A read is tried with RWF_NOWAIT, which fails instead of waiting. There is no such promise for
 //! writes, so they are watched: a host that is short of memory or busy with its disk makes writers
-//! wait, and then one write takes long. After a slow one, writes go the other way for a multiple of
-//! the time that was lost, so that a worker is held up for a twentieth of its time at most. Only
-//! whole pages are written at once: for a part of one the rest may have to be read first.
+//! wait, and then one write takes long. But so does one that loses the processor to others, as
+//! happens now and then on every shared machine. So it is only noted that a write was slow; the
+//! next ones are asked whether they have waited. After one that was slow because it did, writes go
+//! the other way for a multiple of the time that was lost, so that a worker is held up for a small
+//! part of its time. Only whole pages are written at once: for a part of one the rest may have to
+//! be read first.
 
 use std::cell::Cell;
 use std::io;
@@ -26,6 +29,8 @@ const PAGE: u64 = 4096;
 const MOST_WRITTEN: u64 = 1 << 20;
 /// A write that takes longer than this has waited for something.
 const SLOW: Duration = Duration::from_micros(500);
+/// How many writes after a slow one are asked whether they have waited.
+const WATCHED: u32 = 64;
 /// For how many times the length of a slow write others are not made at once.
 const REST: u32 = 20;
 /// The longest such rest: a host that was busy may not be so any more.
@@ -40,6 +45,8 @@ pub(super) struct Prompt {
     enabled: bool,
     /// Reads in a row that were not cached.
     misses: Cell<u32>,
+    /// How many of the next writes are asked whether they have waited.
+    watched: Cell<u32>,
     /// Until when writes go the other way.
     resting: Cell<Option<Instant>>,
 }
@@ -47,7 +54,12 @@ pub(super) struct Prompt {
 impl Prompt {
     /// For the engine over these files.
     pub(super) fn new(seen: &Seen) -> Self {
-        Self { enabled: seen.is_prompt(), misses: Cell::new(0), resting: Cell::new(None) }
+        Self {
+            enabled: seen.is_prompt(),
+            misses: Cell::new(0),
+            watched: Cell::new(0),
+            resting: Cell::new(None),
+        }
     }
 
     /// Starts `plan` for `op` and makes its calls as far as they need not wait; says what is left.
@@ -85,10 +97,12 @@ impl Prompt {
                 self.judge_read(open, result)
             }
             Call::Write { at } if self.tries_write(at, plan) => {
+                let before = (self.watched.get() > 0).then(waits);
                 let start = Instant::now();
                 // SAFETY: by this function's contract.
                 let result = unsafe { sys::write_at(&open.file, plan.segments(), at) };
-                self.judge_write(start, start.elapsed());
+                let took = start.elapsed();
+                self.judge_write(start, took, before.map(|before| waits() > before));
                 Some(result)
             }
             _ => None,
@@ -132,11 +146,22 @@ impl Prompt {
         true
     }
 
-    fn judge_write(&self, start: Instant, took: Duration) {
-        if took > SLOW {
+    /// Draws conclusions from the time that a write took; `waited` says whether it gave the
+    /// processor away, if that was asked.
+    fn judge_write(&self, start: Instant, took: Duration, waited: Option<bool>) {
+        if took <= SLOW {
+            return self.watched.set(self.watched.get().saturating_sub(1));
+        }
+        self.watched.set(WATCHED);
+        if waited == Some(true) {
             self.resting.set(Some(start + took + (took * REST).min(LONGEST_REST)));
         }
     }
+}
+
+/// How often this thread has had to wait.
+fn waits() -> i64 {
+    sys::switches().waited
 }
 
 #[cfg(test)]
@@ -201,21 +226,39 @@ mod tests {
     }
 
     #[test]
-    fn after_a_slow_write_others_go_the_other_way_for_a_while() {
+    fn after_a_write_that_waited_others_go_the_other_way_for_a_while() {
         let (_file, seen) = setup(Options::default());
         let prompt = Prompt::new(&seen);
         let now = Instant::now();
-        prompt.judge_write(now, SLOW);
+        prompt.judge_write(now, SLOW, Some(true));
         assert!(is_done(&prompt, &seen, &write(0, 4096)), "that was not slow");
-        prompt.judge_write(now, Duration::from_millis(30));
+        prompt.judge_write(now, Duration::from_millis(30), Some(true));
         assert!(!is_done(&prompt, &seen, &write(0, 4096)));
         let rest = prompt.resting.get().expect("a rest") - now;
         assert_eq!(rest, Duration::from_millis(630));
-        prompt.judge_write(now, Duration::from_secs(9));
+        prompt.judge_write(now, Duration::from_secs(9), Some(true));
         let rest = prompt.resting.get().expect("a rest") - now;
         assert_eq!(rest, Duration::from_secs(10), "no longer than a second after its end");
         prompt.resting.set(Some(now));
         assert!(is_done(&prompt, &seen, &write(0, 4096)), "the rest is over");
+    }
+
+    #[test]
+    fn a_write_that_lost_the_processor_to_others_has_not_waited() {
+        let (_file, seen) = setup(Options::default());
+        let prompt = Prompt::new(&seen);
+        let now = Instant::now();
+        for waited in [None, Some(false)] {
+            prompt.judge_write(now, Duration::from_millis(30), waited);
+            assert_eq!((prompt.resting.get(), prompt.watched.get()), (None, WATCHED));
+        }
+        for _ in 0..WATCHED {
+            prompt.judge_write(now, Duration::from_micros(3), Some(false));
+        }
+        assert_eq!(prompt.watched.get(), 0, "it was long ago");
+        let before = waits();
+        std::thread::sleep(Duration::from_millis(1));
+        assert!(waits() > before, "a thread that sleeps gives the processor away");
     }
 
     #[test]

@@ -58,6 +58,26 @@ pub(super) fn is_read_only(file: &File) -> io::Result<bool> {
     Ok(flags & libc::O_ACCMODE == libc::O_RDONLY)
 }
 
+/// How often a thread was taken off its processor.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Switches {
+    /// Because it had to wait for something.
+    pub waited: i64,
+    /// For another thread's sake. What a hypervisor does is not counted.
+    pub preempted: i64,
+}
+
+/// How often this thread was taken off its processor so far.
+pub fn switches() -> Switches {
+    // SAFETY: all-zero bytes are a valid `rusage`.
+    let mut usage: libc::rusage = unsafe { std::mem::zeroed() };
+    // SAFETY: getrusage fills one `rusage`, which lives across the call.
+    match check(unsafe { libc::getrusage(libc::RUSAGE_THREAD, &raw mut usage) }) {
+        Ok(_) => Switches { waited: usage.ru_nvcsw, preempted: usage.ru_nivcsw },
+        Err(_) => Switches::default(),
+    }
+}
+
 fn byte_lock(kind: libc::c_int, byte: i64) -> libc::flock {
     // SAFETY: all-zero bytes are a valid `flock`; OFD locks demand that `l_pid` is zero.
     let mut lock: libc::flock = unsafe { std::mem::zeroed() };
