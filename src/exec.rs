@@ -139,9 +139,17 @@ impl<F: Future<Output = ()>> TaskSet<F> {
     /// A task that becomes ready meanwhile waits for the next call, so that one busy task cannot
     /// keep the owner from its rings.
     pub fn run_ready(&mut self) -> usize {
+        self.run_ready_then(|| {})
+    }
+
+    /// As [`TaskSet::run_ready`], and calls `then` after each poll.
+    pub fn run_ready_then(&mut self, mut then: impl FnMut()) -> usize {
         let mut fresh = std::mem::take(&mut self.fresh);
         let mut polled = fresh.len();
-        fresh.drain(..).for_each(|slot| self.poll_slot(slot));
+        for slot in fresh.drain(..) {
+            self.poll_slot(slot);
+            then();
+        }
         self.fresh = fresh;
         for word in 0..self.ready.words.len() {
             if self.ready.words[word].load(Ordering::Relaxed) == 0 {
@@ -152,6 +160,7 @@ impl<F: Future<Output = ()>> TaskSet<F> {
                 let index = word * 64 + bits.trailing_zeros() as usize;
                 bits &= bits - 1;
                 self.poll_slot(index);
+                then();
                 polled += 1;
             }
         }
@@ -253,7 +262,12 @@ mod tests {
                 let order = order.clone();
                 tasks.spawn(async move { order.borrow_mut().push(number) });
             }
-            assert_eq!(tasks.run_ready(), count);
+            let mut seen = 0;
+            let then = || {
+                seen += 1;
+                assert_eq!(order.borrow().len(), seen, "called after each");
+            };
+            assert_eq!(tasks.run_ready_then(then), count);
             assert_eq!(order.take(), (0..count).collect::<Vec<_>>());
         }
     }

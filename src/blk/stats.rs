@@ -116,6 +116,11 @@ impl Stats {
         count(&self.latency[kind as usize][bucket], 1);
     }
 
+    /// Bytes that guests' reads and writes have asked for, which may overflow.
+    pub fn bytes(&self) -> u64 {
+        self.read_bytes.get().wrapping_add(self.written_bytes.get())
+    }
+
     /// A copy of all counters.
     pub fn totals(&self) -> Totals {
         Totals {

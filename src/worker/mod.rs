@@ -38,6 +38,11 @@ use crate::worker::queue::{Ring, RingError, RingSetup};
 /// longer rings wait in guest memory.
 pub const TASKS: usize = 256;
 
+/// How many tasks are polled at most before what they have done is published.
+const PORTION_TASKS: u32 = 16;
+/// After how many bytes, though the tasks be fewer.
+const PORTION_BYTES: u64 = 256 << 10;
+
 /// The guest's memory, and the mappings it is part of.
 #[derive(Debug, Default)]
 pub struct GuestMemory {
@@ -261,8 +266,8 @@ impl<F: Future<Output = ()>> Worker<F> {
         if progress.reaped != 0 || progress.popped != 0 {
             self.context.clock.tick();
         }
-        progress.polled = self.tasks.run_ready();
-        progress.published = self.publish();
+        progress.polled = self.run_tasks(&mut progress.published);
+        progress.published += self.publish();
         let submitted = self.storage().submit_all();
         self.refused = submitted.is_err();
         if let Err(error) = submitted {
@@ -318,16 +323,23 @@ impl<F: Future<Output = ()>> Worker<F> {
         popped
     }
 
-    fn publish(&mut self) -> usize {
-        let memory = Finder::new(self.memory.map());
-        let mut published = 0;
-        for ring in &mut self.rings {
-            match ring.publish(&memory) {
-                Ok(count) => published += count,
-                Err(why) => ring.fail(&why),
+    /// Polls the tasks that are ready, and publishes now and then: a guest that waits for all of a
+    /// long turn would have nothing to do meanwhile, and then we would wait for the guest.
+    fn run_tasks(&mut self, published: &mut usize) -> usize {
+        let (rings, memory) = (&mut self.rings, Finder::new(self.memory.map()));
+        let (mut since, stats) = (Portion::default(), &self.context.stats);
+        let mut before = stats.bytes();
+        self.tasks.run_ready_then(|| {
+            let bytes = stats.bytes();
+            if since.add(bytes.wrapping_sub(before)) {
+                *published += publish(rings, &memory);
             }
-        }
-        published
+            before = bytes;
+        })
+    }
+
+    fn publish(&mut self) -> usize {
+        publish(&mut self.rings, &Finder::new(self.memory.map()))
     }
 
     /// Prepares for sleep and returns whether the worker may: no task is ready and no ring has
@@ -362,6 +374,38 @@ impl<F: Future<Output = ()>> Worker<F> {
     }
 }
 
+/// Publishes what is done with on all rings; returns how many chains that were.
+fn publish(rings: &mut [Ring], memory: &Finder<'_>) -> usize {
+    let mut published = 0;
+    for ring in rings {
+        match ring.publish(memory) {
+            Ok(count) => published += count,
+            Err(why) => ring.fail(&why),
+        }
+    }
+    published
+}
+
+/// How much was done since the last publication.
+#[derive(Debug, Default)]
+struct Portion {
+    tasks: u32,
+    bytes: u64,
+}
+
+impl Portion {
+    /// Adds a task that was polled and what it moved; whether that is enough to be published.
+    fn add(&mut self, bytes: u64) -> bool {
+        self.tasks += 1;
+        self.bytes = self.bytes.saturating_add(bytes);
+        let enough = self.tasks >= PORTION_TASKS || self.bytes >= PORTION_BYTES;
+        if enough {
+            *self = Self::default();
+        }
+        enough
+    }
+}
+
 fn log_to(logging: Option<&Logging>, ring: &mut Ring) {
     let used = logging.and_then(|logging| *logging.used.get(ring.index)?);
     ring.set_log(logging.map(|logging| &logging.log), used);
@@ -371,5 +415,21 @@ impl<F> Drop for Worker<F> {
     fn drop(&mut self) {
         // The thread drains its rings before it goes. A simulated power cut does not.
         self.rings.iter().for_each(|ring| ring.completions.abandon());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_portion_is_so_many_tasks_or_so_many_bytes() {
+        let mut portion = Portion::default();
+        let published = (0..4 * PORTION_TASKS).filter(|_| portion.add(4096)).count();
+        assert_eq!(published, 4);
+        assert!(portion.add(PORTION_BYTES), "one that is large");
+        assert!(!portion.add(PORTION_BYTES - 1));
+        assert!(portion.add(1));
+        assert!(!portion.add(0) && portion.add(u64::MAX), "however large");
     }
 }
