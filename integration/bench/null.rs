@@ -14,6 +14,7 @@ use vhost_user_qcow2::vhost;
 use vhost_user_qcow2::vhost::export::Export;
 use vhost_user_qcow2::vhost::listen::Listener;
 use vhost_user_qcow2::worker::pool::{EngineSource, Pool};
+use vhost_user_qcow2::worker::spin::WINDOW_US;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::client::Client;
@@ -86,6 +87,7 @@ fn serve(listener: &Listener, size: u64, stop: &EventFd) -> Result<()> {
     let image = Arc::new(Image::from_raw(Raw::new(FileId(0), size), false));
     let device = Arc::new(Device::new(image, Settings::default()));
     let engines: EngineSource = Arc::new(|lane| Ok(Box::new(Null(lane)) as Box<dyn Engine>));
-    let export = Arc::new(Export::new(Pool::new(device, engines, 1)));
+    let pool = Pool::new(device, engines, 1).polling(Duration::from_micros(WINDOW_US.into()));
+    let export = Arc::new(Export::new(pool));
     vhost::serve(listener, &export, stop)
 }

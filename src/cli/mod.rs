@@ -35,6 +35,7 @@ use crate::image::policy::{DetectZeroes, Discards};
 use crate::image::{Format, OpenOptions, Policy};
 use crate::storage::files::Options as FileOptions;
 use crate::storage::host::Aio;
+use crate::worker::spin::WINDOW_US;
 
 /// What `--print-capabilities` prints, as QEMU's conventions for back-end programs want it.
 pub const CAPABILITIES: &str = r#"{"type":"block","features":["read-only","blk-file"]}"#;
@@ -98,6 +99,12 @@ pub struct Arguments {
     /// The most worker threads; each starts with the first of its queues [default: processors]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=256))]
     pub threads: Option<u16>,
+
+    /// Microseconds for which a worker whose guest is quick looks for its next request before it
+    /// sleeps; 0 never
+    #[arg(long, value_name = "N", default_value_t = WINDOW_US)]
+    #[arg(value_parser = clap::value_parser!(u16).range(0..=10_000))]
+    pub poll_us: u16,
 
     /// How the host caches, and what a completed write means
     #[arg(long, value_enum, default_value_t = Cache::Writeback)]
@@ -355,6 +362,7 @@ mod tests {
             ["--num-queues", "0"],
             ["--num-queues", "257"],
             ["--threads", "0"],
+            ["--poll-us", "10001"],
             ["--serial", "123456789012345678901"],
             ["--block-size", "1024"],
             ["--create", "ten"],

@@ -3,6 +3,7 @@
 use std::io::{ErrorKind, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 use std::time::Instant;
 
 use signal_hook::consts::{SIGINT, SIGTERM};
@@ -158,7 +159,8 @@ impl<'a> Own<'a> {
     fn pool(&self, device: Device) -> Pool {
         let device = device.with_limiter(Arc::clone(&self.limiter));
         let engines = engines(self.arguments, self.files);
-        Pool::new(Arc::new(device), engines, self.arguments.threads())
+        let poll = Duration::from_micros(self.arguments.poll_us.into());
+        Pool::new(Arc::new(device), engines, self.arguments.threads()).polling(poll)
     }
 
     fn export(&self, device: Device) -> Arc<Export> {

@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::rc::Rc;
 use std::sync::mpsc::{Receiver, Sender};
+use std::time::Instant;
 
 use vmm_sys_util::event::EventNotifier;
 use vmm_sys_util::eventfd::EventFd;
@@ -11,11 +12,12 @@ use crate::blk::Device;
 use crate::blk::serve::Context;
 use crate::error::Result as Outcome;
 use crate::qcow2::journal::SharedWords;
-use crate::storage::block_on;
+use crate::storage::{block_on, switches};
 use crate::sync::Arc;
 use crate::worker::dirty::Logging;
 use crate::worker::poller::{Poller, Trigger};
 use crate::worker::queue::{RingError, RingSetup};
+use crate::worker::spin::Spin;
 use crate::worker::{GuestMemory, Report, TASKS, Worker, worker};
 
 /// How long a worker that nothing would wake sleeps at most, in milliseconds.
@@ -106,6 +108,7 @@ pub(super) struct Thread<F> {
     worker: Worker<F>,
     commands: Receiver<Command>,
     poller: Poller,
+    spin: Spin,
     stopping: Vec<(usize, Sender<u16>)>,
     exit: bool,
 }
@@ -119,6 +122,7 @@ pub(super) fn run(
     context: Rc<Context>,
     commands: Receiver<Command>,
     mailbox: EventFd,
+    spin: Spin,
     started: impl FnOnce(),
 ) -> std::io::Result<()> {
     let poller = Poller::new()?;
@@ -132,7 +136,7 @@ pub(super) fn run(
         let _ = mailbox.write(1);
     };
     let worker = worker(context, TASKS, unpark);
-    let mut thread = Thread { worker, commands, poller, stopping: Vec::new(), exit: false };
+    let mut thread = Thread { worker, commands, poller, spin, stopping: Vec::new(), exit: false };
     started();
     thread.run();
     Ok(())
@@ -150,6 +154,11 @@ impl<F: Future<Output = ()>> Thread<F> {
                 return self.log_stats();
             }
             if progress.any() {
+                self.spin.found();
+                continue;
+            }
+            if self.looks_again() {
+                std::hint::spin_loop();
                 continue;
             }
             if self.worker.park() {
@@ -160,6 +169,13 @@ impl<F: Future<Output = ()>> Thread<F> {
             }
             self.worker.unpark();
         }
+    }
+
+    /// Whether to look for requests once more instead of sleeping.
+    fn looks_again(&mut self) -> bool {
+        // What the disk works on takes longer than waking up.
+        let busy = self.worker.storage().is_busy();
+        !busy && self.spin.looks_again(Instant::now(), || switches().preempted)
     }
 
     fn timeout_ms(&self) -> i32 {

@@ -11,6 +11,7 @@ pub mod mailbox;
 pub mod poller;
 pub mod pool;
 pub mod queue;
+pub mod spin;
 mod split;
 mod throttle;
 

@@ -2,9 +2,11 @@
 
 use std::fmt;
 use std::fs::File;
+use std::num::NonZero;
 use std::rc::Rc;
 use std::sync::mpsc::{self, Receiver, Sender};
 use std::thread::{self, JoinHandle};
+use std::time::Duration;
 
 use vmm_sys_util::event::EventNotifier;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
@@ -18,6 +20,7 @@ use crate::sync::Arc;
 use crate::worker::dirty::Logging;
 use crate::worker::mailbox::{self, Command};
 use crate::worker::queue::{RingError, RingSetup};
+use crate::worker::spin::{Places, Spin};
 use crate::worker::{GuestMemory, Report};
 
 /// Makes the engine of one worker, on that worker's thread; the argument is its lane.
@@ -30,6 +33,10 @@ pub struct Pool {
     memory: Arc<GuestMemory>,
     logging: Option<Arc<Logging>>,
     workers: Vec<Option<Handle>>,
+    /// How long a worker looks for a request before it sleeps.
+    poll: Duration,
+    /// Where workers that look take their places.
+    places: Arc<Places>,
 }
 
 impl fmt::Debug for Pool {
@@ -62,10 +69,27 @@ impl Handle {
 }
 
 impl Pool {
-    /// A pool of at most `threads` workers, none of which runs yet.
+    /// A pool of at most `threads` workers, none of which runs yet. They sleep whenever there is
+    /// nothing to do; [`Pool::polling`] changes that.
     pub fn new(device: Arc<Device>, engines: EngineSource, threads: usize) -> Self {
         let workers = (0..threads.max(1)).map(|_| None).collect();
-        Self { device, engines, memory: Arc::default(), logging: None, workers }
+        let processors = thread::available_parallelism().map_or(1, NonZero::get);
+        Self {
+            device,
+            engines,
+            memory: Arc::default(),
+            logging: None,
+            workers,
+            poll: Duration::ZERO,
+            places: Arc::new(Places::new((processors / 2).max(1))),
+        }
+    }
+
+    /// Lets workers that start from now on look for requests so long before they sleep.
+    #[must_use]
+    pub fn polling(mut self, window: Duration) -> Self {
+        self.poll = window;
+        self
     }
 
     /// The device that the workers serve.
@@ -227,6 +251,7 @@ impl Pool {
         let (commands, orders) = mpsc::channel();
         let (ready, started) = mpsc::channel();
         let (device, engines) = (Arc::clone(&self.device), Arc::clone(&self.engines));
+        let spin = Spin::new(self.poll, Arc::clone(&self.places));
         let body = move || {
             let _guard = AbortOnPanic;
             // Lane 0 is the control thread's, which opens and closes the image.
@@ -242,7 +267,7 @@ impl Pool {
             let started = move || {
                 let _ = tell.send(Ok(()));
             };
-            if let Err(error) = mailbox::run(context, orders, bell, started) {
+            if let Err(error) = mailbox::run(context, orders, bell, spin, started) {
                 let _ = ready.send(Err(failed(error)));
             }
         };
