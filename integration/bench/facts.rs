@@ -4,23 +4,26 @@ use std::fs;
 use std::path::Path;
 use std::process::Command;
 
+use crate::server::Programs;
+
 /// Names and values.
-pub(crate) fn facts(program: &Path) -> Vec<(&'static str, String)> {
+pub(crate) fn facts(programs: &Programs) -> Vec<(&'static str, String)> {
     let cores = std::thread::available_parallelism().map_or(0, usize::from);
     let processor = first_field("/proc/cpuinfo", "model name");
     let memory = first_field("/proc/meminfo", "MemTotal");
+    let theirs = programs.against.as_deref().unwrap_or(Path::new("qemu-storage-daemon"));
     vec![
         ("date", said("date", &["-u", "+%Y-%m-%d %H:%M UTC"])),
         ("processor", format!("{processor}, {cores} cores")),
         ("memory", memory),
         ("kernel", said("uname", &["-sr"])),
-        ("ours", said(program.to_str().unwrap_or_default(), &["--version"])),
-        ("theirs", said("qemu-storage-daemon", &["--version"])),
+        ("ours", said(&programs.ours, &["--version"])),
+        ("theirs", said(theirs, &["--version"])),
     ]
 }
 
 /// The first line that a program prints.
-fn said(program: &str, words: &[&str]) -> String {
+fn said(program: impl AsRef<std::ffi::OsStr>, words: &[&str]) -> String {
     let output = Command::new(program).args(words).output();
     let text = output.map(|output| String::from_utf8_lossy(&output.stdout).into_owned());
     text.ok().and_then(|text| Some(text.lines().next()?.to_owned())).unwrap_or("unknown".to_owned())

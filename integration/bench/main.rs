@@ -34,6 +34,7 @@ use crate::count::Tool;
 use crate::images::Images;
 use crate::measure::Bench;
 use crate::rows::{ROWS, Row};
+use crate::server::Programs;
 
 /// Measures the daemon against qemu-storage-daemon.
 #[derive(Debug, Parser)]
@@ -41,6 +42,10 @@ struct Arguments {
     /// The rows to measure, such as 1,4,9 [default: all]
     #[arg(long, value_delimiter = ',', value_name = "ROWS")]
     rows: Vec<String>,
+
+    /// Another build of the daemon to measure against, in place of qemu-storage-daemon
+    #[arg(long, value_name = "PROGRAM")]
+    against: Option<PathBuf>,
 
     /// How long one run lasts
     #[arg(long, default_value_t = 2.0)]
@@ -94,7 +99,7 @@ fn run(arguments: &Arguments) -> Result<()> {
     let scratch = tempfile::Builder::new().prefix("vub-bench-").tempdir()?;
     let bench = Bench {
         images,
-        program,
+        programs: Programs { ours: program, against: arguments.against.clone() },
         time: Duration::from_secs_f64(arguments.seconds),
         rounds: arguments.rounds.max(1),
         scale: arguments.scale,
@@ -115,7 +120,7 @@ fn run(arguments: &Arguments) -> Result<()> {
             }
         }
     }
-    let text = report::markdown(&bench, &facts::facts(&bench.program), &findings);
+    let text = report::markdown(&bench, &facts::facts(&bench.programs), &findings);
     println!("{text}");
     if let Some(out) = &arguments.out {
         fs::create_dir_all(out)?;

@@ -18,13 +18,12 @@ use crate::client::{Client, Kind, Outcome, Request};
 use crate::count::{Counts, Tool};
 use crate::images::{CLUSTER, Images, warm};
 use crate::plan::Load;
-use crate::server::{Disk, Memory, Mode, Server, Side};
+use crate::server::{Disk, Memory, Mode, Programs, Server, Side};
 
 /// What all rows share.
 pub(crate) struct Bench {
     pub(crate) images: Images,
-    /// Our program.
-    pub(crate) program: PathBuf,
+    pub(crate) programs: Programs,
     /// How long a run lasts.
     pub(crate) time: Duration,
     /// How many runs of each server.
@@ -115,12 +114,12 @@ impl Bench {
     /// Measures both servers, theirs in its best mode.
     pub(crate) fn compare(&self, case: &Case<'_>) -> Result<Comparison> {
         let mut modes = Vec::new();
-        for mode in Mode::ALL {
+        for &mode in self.programs.modes() {
             let sample = self.sample(Side::Theirs(mode), case, self.time / 4)?;
             modes.push((mode, sample.rate));
         }
         let best = modes.iter().max_by(|left, right| left.1.total_cmp(&right.1));
-        let mode = best.expect("there are three modes").0;
+        let mode = best.expect("there is a mode").0;
         let (mut ours, mut theirs) = (Vec::new(), Vec::new());
         for _ in 0..self.rounds {
             ours.push(self.sample(Side::Ours, case, self.time)?);
@@ -190,7 +189,7 @@ impl Bench {
             warm(&disk.path)?;
             disk.backing.iter().try_for_each(|path| warm(path))?;
         }
-        let server = Server::start(&self.program, side, &disk, case.direct, case.queues)?;
+        let server = Server::start(&self.programs, side, &disk, case.direct, case.queues)?;
         let block = case.load.block as usize;
         let mut client = Client::connect(&server.socket(), case.queues, case.depth, block)?;
         if case.warm {

@@ -13,6 +13,39 @@ use tempfile::TempDir;
 /// How long starting and stopping may take.
 const PATIENCE: Duration = Duration::from_secs(60);
 
+/// The programs that are measured.
+#[derive(Clone, Debug)]
+pub(crate) struct Programs {
+    pub(crate) ours: PathBuf,
+    /// Another build of the daemon, which takes the place of qemu-storage-daemon.
+    pub(crate) against: Option<PathBuf>,
+}
+
+impl Programs {
+    /// The ways in which the other side can be run.
+    pub(crate) fn modes(&self) -> &'static [Mode] {
+        match self.against {
+            Some(_) => &[Mode::Build],
+            None => &[Mode::IoUring, Mode::Threads, Mode::Native],
+        }
+    }
+
+    /// What is run on one side.
+    fn command(
+        &self,
+        side: Side,
+        (socket, disk): (&Path, &Disk),
+        direct: bool,
+        queues: usize,
+    ) -> Command {
+        match (side, &self.against) {
+            (Side::Ours, _) => ours(&self.ours, socket, disk, direct),
+            (Side::Theirs(_), Some(build)) => ours(build, socket, disk, direct),
+            (Side::Theirs(mode), None) => theirs(mode, socket, disk, direct, queues),
+        }
+    }
+}
+
 /// How qemu-storage-daemon reads and writes files.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Mode {
@@ -21,16 +54,17 @@ pub(crate) enum Mode {
     /// Linux AIO, which QEMU allows with `cache.direct=on` only: it goes around the page cache even
     /// where the others do not.
     Native,
+    /// Another build of the daemon is run instead.
+    Build,
 }
 
 impl Mode {
-    pub(crate) const ALL: [Self; 3] = [Self::IoUring, Self::Threads, Self::Native];
-
     pub(crate) fn name(self) -> &'static str {
         match self {
             Self::IoUring => "io_uring",
             Self::Threads => "threads",
             Self::Native => "native",
+            Self::Build => "other build",
         }
     }
 }
@@ -89,13 +123,13 @@ pub(crate) struct Server {
 impl Server {
     /// Starts a server and waits until it listens.
     pub(crate) fn start(
-        program: &Path,
+        programs: &Programs,
         side: Side,
         disk: &Disk,
         direct: bool,
         queues: usize,
     ) -> Result<Self> {
-        let mut server = Self::spawn(program, side, disk, direct, queues)?;
+        let mut server = Self::spawn(programs, side, disk, direct, queues)?;
         let deadline = Instant::now() + PATIENCE;
         while !is_listening(&server.socket()) {
             if server.child.try_wait()?.is_some() || Instant::now() > deadline {
@@ -108,7 +142,7 @@ impl Server {
 
     /// Starts a server and waits for nothing.
     pub(crate) fn spawn(
-        program: &Path,
+        programs: &Programs,
         side: Side,
         disk: &Disk,
         direct: bool,
@@ -116,10 +150,7 @@ impl Server {
     ) -> Result<Self> {
         let directory = tempfile::Builder::new().prefix("vub-bench-").tempdir()?;
         let socket = directory.path().join("socket");
-        let mut command = match side {
-            Side::Ours => ours(program, &socket, disk, direct),
-            Side::Theirs(mode) => theirs(mode, &socket, disk, direct, queues),
-        };
+        let mut command = programs.command(side, (&socket, disk), direct, queues);
         let log = File::create(directory.path().join("log"))?;
         let command = command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
         let child = command.spawn().map_err(|error| {

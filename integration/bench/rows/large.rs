@@ -8,7 +8,7 @@ use crate::images::{CLUSTER, forget};
 use crate::measure::{Bench, Case, median, typical};
 use crate::plan::Load;
 use crate::report::{Check, Finding, short};
-use crate::server::{Disk, Memory, Mode, Server, Side};
+use crate::server::{Disk, Memory, Server, Side};
 
 const TIB: u64 = 1 << 40;
 /// What our tables may take in MiB by default, L2 and refcounts, and the rest of the daemon.
@@ -48,7 +48,9 @@ pub(super) fn discard(bench: &Bench, finding: Finding) -> Result<Finding> {
     let size = scaled(bench, 64 << 30);
     let mut runs = [Vec::new(), Vec::new()];
     for _ in 0..bench.rounds {
-        for (runs, side) in runs.iter_mut().zip([Side::Ours, Side::Theirs(Mode::IoUring)]) {
+        for (runs, side) in
+            runs.iter_mut().zip([Side::Ours, Side::Theirs(bench.programs.modes()[0])])
+        {
             runs.push(discarded(bench, side, size)?);
         }
     }
@@ -85,7 +87,7 @@ struct Discarded {
 fn discarded(bench: &Bench, side: Side, size: u64) -> Result<Discarded> {
     const READERS: usize = 8;
     let disk = bench.images.mapped("full", size, CLUSTER)?;
-    let server = Server::start(&bench.program, side, &disk, false, 1)?;
+    let server = Server::start(&bench.programs, side, &disk, false, 1)?;
     let mut client = Client::connect(&server.socket(), 1, READERS + 1, 4096)?;
     let load = Load::random(Kind::Read, size);
     let only_reads = |time| {
@@ -123,7 +125,9 @@ pub(super) fn start(bench: &Bench, finding: Finding) -> Result<Finding> {
     let disk = bench.images.mapped("start", size, 8 << 10)?;
     let mut runs = [Vec::new(), Vec::new()];
     for _ in 0..bench.rounds {
-        for (runs, side) in runs.iter_mut().zip([Side::Ours, Side::Theirs(Mode::IoUring)]) {
+        for (runs, side) in
+            runs.iter_mut().zip([Side::Ours, Side::Theirs(bench.programs.modes()[0])])
+        {
             forget(&disk.path)?;
             runs.push(started(bench, side, &disk)?);
         }
@@ -152,7 +156,7 @@ pub(super) fn start(bench: &Bench, finding: Finding) -> Result<Finding> {
 fn started(bench: &Bench, side: Side, disk: &Disk) -> Result<(f64, Memory)> {
     const PATIENCE: Duration = Duration::from_secs(60);
     let begun = Instant::now();
-    let server = Server::spawn(&bench.program, side, disk, false, 1)?;
+    let server = Server::spawn(&bench.programs, side, disk, false, 1)?;
     let mut client = loop {
         match Client::connect(&server.socket(), 1, 1, 4096) {
             Ok(client) => break client,

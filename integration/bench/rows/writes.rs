@@ -9,7 +9,7 @@ use crate::measure::{Bench, Case, ratio};
 use crate::plan::{Load, Order};
 use crate::report::{Check, Finding, short};
 use crate::rows::{bare_cached, with_limit};
-use crate::server::{Mode, Server, Side};
+use crate::server::{Server, Side};
 
 const DEPTH: usize = 32;
 
@@ -27,7 +27,7 @@ pub(super) fn empty(bench: &Bench, finding: Finding) -> Result<Finding> {
     let disk = |side: Side| bench.images.empty(side, SPAN);
     let comparison = bench.compare(&Case::new(&disk, load, DEPTH))?;
     let ours = filled(bench, Side::Ours)?;
-    let theirs = filled(bench, Side::Theirs(Mode::IoUring))?;
+    let theirs = filled(bench, Side::Theirs(bench.programs.modes()[0]))?;
     bench.images.discard("empty-")?;
     Ok(finding
         .with(&comparison)
@@ -50,7 +50,7 @@ fn filled(bench: &Bench, side: Side) -> Result<f64> {
     let disk = bench.images.empty(side, SPAN)?;
     let load = Load::random(Kind::Write, FILL);
     let load = Load { order: Order::Sequential, ..load };
-    let server = Server::start(&bench.program, side, &disk, false, 1)?;
+    let server = Server::start(&bench.programs, side, &disk, false, 1)?;
     let mut client = Client::connect(&server.socket(), 1, DEPTH, load.block as usize)?;
     client.run(vec![load.plan(1, DEPTH, Duration::ZERO)])?;
     drop(client);
