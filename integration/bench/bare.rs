@@ -37,6 +37,34 @@ pub(crate) fn cached(path: &Path, kind: Kind, block: usize, time: Duration) -> R
     Ok(f64::from(count) / begun.elapsed().as_secs_f64())
 }
 
+/// Requests a second of pwrite into a file that is new, from its start to `span`.
+pub(crate) fn fill(path: &Path, block: usize, span: u64) -> Result<f64> {
+    let file = File::create(path)?;
+    let buffer = vec![1; block];
+    let (begun, count) = (Instant::now(), span / block as u64);
+    for index in 0..count {
+        file.write_all_at(&buffer, index * block as u64)?;
+    }
+    Ok(count as f64 / begun.elapsed().as_secs_f64())
+}
+
+/// Writes a second where each group of so many, anywhere in the file, is followed by one fdatasync.
+pub(crate) fn synced(path: &Path, block: usize, group: u32, time: Duration) -> Result<f64> {
+    let file = OpenOptions::new().write(true).open(path)?;
+    let blocks = file.metadata()?.len() / block as u64;
+    let buffer = vec![1; block];
+    let mut random = fastrand::Rng::with_seed(3);
+    let (begun, mut count) = (Instant::now(), 0);
+    while begun.elapsed() < time {
+        for _ in 0..group {
+            file.write_all_at(&buffer, random.u64(0..blocks) * block as u64)?;
+        }
+        file.sync_data()?;
+        count += group;
+    }
+    Ok(f64::from(count) / begun.elapsed().as_secs_f64())
+}
+
 /// Requests a second of an io_uring that reads around the page cache with so many in flight.
 pub(crate) fn direct(path: &Path, block: usize, depth: usize, time: Duration) -> Result<f64> {
     let file: File = OpenOptions::new().read(true).custom_flags(O_DIRECT).open(path)?;

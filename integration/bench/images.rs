@@ -31,7 +31,8 @@ impl Images {
         Ok(Self { directory })
     }
 
-    fn file(&self, name: &str) -> PathBuf {
+    /// Where a file of that name lies.
+    pub(crate) fn file(&self, name: &str) -> PathBuf {
         self.directory.path().join(name)
     }
 

@@ -3,11 +3,12 @@
 use std::io::Result;
 use std::time::Duration;
 
+use crate::bare;
 use crate::client::{Client, Kind};
 use crate::images::{CLUSTER, SPAN, contiguity};
-use crate::measure::{Bench, Case, ratio};
+use crate::measure::{Bench, Case, median, ratio, typical};
 use crate::plan::{Load, Order};
-use crate::report::{Check, Finding, short};
+use crate::report::{Check, Finding, rate_text, short};
 use crate::rows::{bare_cached, with_limit};
 use crate::server::{Server, Side};
 
@@ -75,9 +76,13 @@ pub(super) fn sequential(bench: &Bench, finding: Finding) -> Result<Finding> {
     let part = ratio(&qcow2, &raw, |sample| sample.rate);
     bench.images.discard("empty-")?;
     bench.images.discard("preallocated")?;
+    let new = bench.images.file("new.raw");
+    let fill = || bare::fill(&new, load.block as usize, SPAN);
+    let bare = median((0..bench.rounds).map(|_| fill()).collect::<Result<_>>()?);
+    bench.images.discard("new")?;
+    let finding = finding.with(&comparison).ratio_at_least(1.3);
+    let finding = with_limit(bench, finding, &comparison, (load, IN_FLIGHT), bare)?;
     Ok(finding
-        .with(&comparison)
-        .ratio_at_least(1.3)
         .check(Check::at_least("of a preallocated raw image through us", part, 0.9))
         .note(format!("{IN_FLIGHT} in flight, {} MiB", SPAN >> 20)))
 }
@@ -91,9 +96,16 @@ pub(super) fn flushed(bench: &Bench, finding: Finding) -> Result<Finding> {
     let counts = comparison.counts.unwrap_or_default();
     let (ours, theirs) = (group(counts.0.syncs), group(counts.1.syncs));
     let ours = if comparison.counts.is_some() { ours } else { f64::NAN };
+    let raw = bench.images.raw()?.path;
+    let run = || bare::synced(&raw, load.block as usize, IN_FLIGHT as u32, bench.time / 2);
+    let bare = median((0..bench.rounds).map(|_| run()).collect::<Result<_>>()?);
+    let mut finding = finding.with(&comparison).ratio_at_least(1.5);
+    finding.limit = Some(typical(&comparison.ours, |sample| sample.rate) / bare);
     Ok(finding
-        .with(&comparison)
-        .ratio_at_least(1.5)
+        .note(format!(
+            "limit: bare groups of {IN_FLIGHT} writes and an fdatasync, {}/s",
+            rate_text(bare)
+        ))
         .check(Check::at_most("fdatasync for 8 flushes", ours, 2.0))
         .note(format!(
             "a request is a write and its flush, and the latency that of the flush; for each 8 of \
