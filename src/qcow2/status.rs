@@ -3,7 +3,7 @@
 use crate::bytes::{GuestOffset, HostOffset};
 use crate::error::{Error, Result};
 use crate::qcow2::Qcow2;
-use crate::qcow2::format::Cluster;
+use crate::qcow2::format::{COPIED, Cluster, L2Entry, OFFSET_MASK};
 use crate::qcow2::geometry::{GuestCluster, HostCluster};
 use crate::storage::Storage;
 use crate::sync::{AtomicU64, Ordering};
@@ -74,11 +74,22 @@ impl Qcow2 {
         let first = self.geometry.guest_cluster(at);
         let slots = self.geometry.l2_slot(first)..in_slice;
         let mut run: Option<LayerStatus> = None;
+        let mut before = None;
         for (slot, number) in slots.zip(first.0..) {
             let number = GuestCluster(number);
             let start = self.geometry.guest_start(number);
             let skip = at.0.saturating_sub(start.0);
-            let cluster = self.cluster(self.entry(words, slot), number)?;
+            let entry = self.entry(words, slot);
+            if let Some(run) = &mut run
+                && run.len < len
+                && before.is_some_and(|before| self.goes_on(before, entry))
+            {
+                run.len += self.geometry.cluster_size();
+                before = Some(entry);
+                continue;
+            }
+            let cluster = self.cluster(entry, number)?;
+            before = matches!(cluster, Cluster::Data { .. }).then_some(entry);
             for part in self.parts(cluster, skip) {
                 match &mut run {
                     None => run = Some(part),
@@ -89,6 +100,18 @@ impl Qcow2 {
         }
         let run = run.ok_or_else(|| Error::refused("L2 table", "a slice without entries"))?;
         Ok(LayerStatus { len: run.len.min(len), ..run })
+    }
+
+    /// Whether `next` can only be the cluster of plain data that lies behind that of `entry`, which
+    /// is one too: then it need not be read any closer. Most entries of most tables are such.
+    fn goes_on(&self, entry: L2Entry, next: L2Entry) -> bool {
+        let expected = entry.word.wrapping_add(self.geometry.cluster_size());
+        let at = HostOffset(next.word & OFFSET_MASK);
+        next.word == expected
+            && next.bitmap == entry.bitmap
+            && next.word & !(COPIED | OFFSET_MASK) == 0
+            && !self.has_data_file()
+            && self.geometry.host_cluster(at).0 < self.allocator.frontier()
     }
 
     /// The runs of one cluster from `skip` bytes on: one, or one for each subcluster.

@@ -40,7 +40,7 @@ pub(super) async fn rebuild(target: &Target<'_>, memory: usize) -> Result<()> {
     let bits = target.header.geometry.refblock_bits();
     while first < u64::MAX {
         let references = count(target, first, memory).await?;
-        for (cluster, seen) in references.leaves().flatten() {
+        for (cluster, seen) in references.leaves(|_| true).flatten() {
             if seen.references > 0 {
                 used.insert(cluster >> bits, 0);
                 last = cluster;

@@ -67,6 +67,11 @@ pub(in crate::qcow2) struct Seen {
 
 impl Seen {
     const NOTHING: Self = Self { references: 0, copied: 0, shared: 0, kind: Use::NONE };
+
+    /// Whether it is guest data with one reference, and no entry says that it were shared.
+    pub(super) fn is_sole_data(&self) -> bool {
+        self.references == 1 && self.kind == Use::DATA && self.shared == 0
+    }
 }
 
 /// One cluster's cell: eight bits of references, two for each flag count, four for the uses.
@@ -129,21 +134,28 @@ impl Leaf {
             Self::Few(cells) => match cells.binary_search_by_key(&place, |(place, _)| *place) {
                 Ok(index) => cells.iter_mut().skip(index).take(1).for_each(|slot| slot.1 = cell),
                 Err(index) if cells.len() < FEW => cells.insert(index, (place, cell)),
-                Err(_) => {
-                    let mut all = vec![Cell(0); LEAF].into_boxed_slice();
-                    for (place, cell) in cells.iter().copied().chain([(place, cell)]) {
-                        if let Some(slot) = all.get_mut(usize::from(place)) {
-                            *slot = cell;
-                        }
-                    }
-                    *self = Self::All(all);
-                }
+                Err(_) => self.set_in_array(place, cell),
             },
-            Self::All(cells) => {
-                if let Some(slot) = cells.get_mut(usize::from(place)) {
-                    *slot = cell;
-                }
+            Self::All(_) => self.set_in_array(place, cell),
+        }
+    }
+
+    fn set_in_array(&mut self, place: u16, cell: Cell) {
+        self.array().iter_mut().skip(usize::from(place)).take(1).for_each(|slot| *slot = cell);
+    }
+
+    /// All cells; a list becomes an array.
+    fn array(&mut self) -> &mut [Cell] {
+        if let Self::Few(cells) = self {
+            let mut all = vec![Cell(0); LEAF].into_boxed_slice();
+            for (place, cell) in cells.iter().copied() {
+                all.iter_mut().skip(usize::from(place)).take(1).for_each(|slot| *slot = cell);
             }
+            *self = Self::All(all);
+        }
+        match self {
+            Self::All(cells) => cells,
+            Self::Few(_) => &mut [],
         }
     }
 
@@ -213,6 +225,57 @@ impl References {
         });
     }
 
+    /// Counts `times` references of L2 entries to each of a run of clusters of guest data, and the
+    /// entries of the active tables among them: whether they say COPIED, and how many they are.
+    pub(super) fn refer_run(&mut self, run: Range<u64>, times: u64, pointing: (bool, u64)) {
+        let seen = {
+            let (copied, pointers) = pointing;
+            let [copied, shared] = if copied { [pointers, 0] } else { [0, pointers] };
+            Seen { references: times, copied, shared, kind: Use::DATA }
+        };
+        let mut next = run.start.max(self.window.start);
+        while next < run.end.min(self.window.end) {
+            let leaf_end = ((next >> LEAF_BITS).saturating_add(1) << LEAF_BITS).min(run.end);
+            let piece = next..leaf_end.min(self.window.end);
+            next = self.fill(piece.clone(), seen);
+            while next < piece.end {
+                self.change(next, |old| {
+                    old.kind = old.kind.and(seen.kind);
+                    old.references = old.references.saturating_add(seen.references);
+                    old.copied = old.copied.saturating_add(seen.copied);
+                    old.shared = old.shared.saturating_add(seen.shared);
+                });
+                next = next.saturating_add(1);
+            }
+        }
+    }
+
+    /// Sets the first clusters of a piece of one leaf, as far as nothing is known of them, and
+    /// returns where that ends. A piece that is too short to be worth an array is left alone.
+    fn fill(&mut self, piece: Range<u64>, seen: Seen) -> u64 {
+        let Some(cell) = Cell::pack(seen) else { return piece.start };
+        let (number, place) = split(piece.start);
+        let len = usize::try_from(piece.end.saturating_sub(piece.start)).unwrap_or(usize::MAX);
+        let is_array = |leaf: &Leaf| matches!(leaf, Leaf::All(_));
+        if len <= FEW && !self.leaves.get(&number).is_some_and(is_array) {
+            return piece.start;
+        }
+        let leaf = self.leaves.entry(number).or_insert_with(|| {
+            self.bytes = self.bytes.saturating_add(OVERHEAD);
+            Leaf::Few(Vec::new())
+        });
+        let before = leaf.cost();
+        let cells = leaf.array().iter_mut().skip(usize::from(place)).take(len);
+        let mut next = piece.start;
+        for slot in cells.take_while(|slot| slot.0 == 0) {
+            *slot = cell;
+            next = next.saturating_add(1);
+        }
+        self.bytes = self.bytes.saturating_add(leaf.cost()).saturating_sub(before);
+        self.shrink();
+        next
+    }
+
     fn change(&mut self, cluster: u64, change: impl FnOnce(&mut Seen)) {
         if !self.window.contains(&cluster) {
             return;
@@ -261,9 +324,29 @@ impl References {
     }
 
     fn seen(&self, cluster: u64, cell: Cell) -> Seen {
-        match self.wide.get(&cluster) {
-            Some(seen) if cell.is_wide() => *seen,
-            _ => cell.unpack(),
+        let wide = if cell.is_wide() { self.wide.get(&cluster) } else { None };
+        wide.copied().unwrap_or_else(|| cell.unpack())
+    }
+
+    /// Calls `each` for every cluster of a range inside the window, in order.
+    pub(super) fn each(&self, range: Range<u64>, mut each: impl FnMut(u64, Seen)) {
+        let mut next = range.start;
+        while next < range.end {
+            let (number, place) = split(next);
+            let end = (number.saturating_add(1) << LEAF_BITS).min(range.end);
+            match self.leaves.get(&number) {
+                None => (next..end).for_each(|cluster| each(cluster, Seen::NOTHING)),
+                Some(Leaf::All(cells)) => {
+                    let cells = cells.iter().skip(usize::from(place));
+                    for (cluster, cell) in (next..end).zip(cells) {
+                        each(cluster, self.seen(cluster, *cell));
+                    }
+                }
+                Some(Leaf::Few(_)) => {
+                    (next..end).for_each(|cluster| each(cluster, self.get(cluster)));
+                }
+            }
+            next = end;
         }
     }
 
@@ -273,9 +356,15 @@ impl References {
         self.leaves.range(range.start >> LEAF_BITS..=last).next().is_none()
     }
 
-    /// Every cluster of which something is known, in order, one leaf at a time.
-    pub(super) fn leaves(&self) -> impl Iterator<Item = Vec<(u64, Seen)>> {
-        self.leaves.iter().map(|(number, leaf)| {
+    /// Every cluster of which something is known and that is in a range which `wanted` asks for, in
+    /// order, one leaf at a time. The ranges are those of the leaves.
+    pub(super) fn leaves(
+        &self,
+        wanted: impl Fn(Range<u64>) -> bool,
+    ) -> impl Iterator<Item = Vec<(u64, Seen)>> {
+        let range = |number: u64| number << LEAF_BITS..number.saturating_add(1) << LEAF_BITS;
+        let leaves = self.leaves.iter().filter(move |(number, _)| wanted(range(**number)));
+        leaves.map(|(number, leaf)| {
             let cells = leaf.cells().into_iter().map(|(place, cell)| {
                 let cluster = (number << LEAF_BITS).saturating_add(u64::from(place));
                 (cluster, self.seen(cluster, cell))
@@ -320,7 +409,7 @@ mod tests {
         for cluster in 0..4096 {
             assert_eq!(counts.get(cluster).references, 1 + cluster % 3);
         }
-        assert_eq!(counts.leaves().map(|leaf| leaf.len()).sum::<usize>(), 4096);
+        assert_eq!(counts.leaves(|_| true).map(|leaf| leaf.len()).sum::<usize>(), 4096);
     }
 
     #[test]
@@ -346,11 +435,42 @@ mod tests {
             let mut counts = References::new(first, budget);
             clusters.iter().for_each(|&cluster| counts.refer(cluster, Use::DATA, 1));
             assert!(counts.bytes <= budget + LEAF * 2 + 2 * OVERHEAD);
-            total += counts.leaves().flatten().map(|(_, seen)| seen.references).sum::<u64>();
+            total +=
+                counts.leaves(|_| true).flatten().map(|(_, seen)| seen.references).sum::<u64>();
             first = counts.window().end;
             windows += 1;
         }
         assert_eq!(total, 20_000);
         assert!((10..100).contains(&windows), "{windows} windows");
+    }
+
+    #[test]
+    fn a_run_counts_as_its_clusters_one_by_one() {
+        let seed = fastrand::u64(..);
+        let mut random = fastrand::Rng::with_seed(seed);
+        let budget = random.usize(20_000..200_000);
+        let first = random.u64(0..3) * 5000;
+        let (mut runs, mut ones) = (References::new(first, budget), References::new(first, budget));
+        for _ in 0..60 {
+            let start = random.u64(0..40_000);
+            let len = if random.bool() { random.u64(1..20) } else { random.u64(1..9000) };
+            let (times, copied) = (random.u64(1..3), random.bool());
+            let pointers = random.u64(0..=times);
+            runs.refer_run(start..start + len, times, (copied, pointers));
+            for cluster in start..start + len {
+                ones.refer(cluster, Use::DATA, times);
+                ones.point(cluster, copied, pointers);
+            }
+        }
+        let end = runs.window().end.min(ones.window().end).min(60_000);
+        assert!(end > first, "seed {seed}");
+        let mut seen = Vec::new();
+        runs.each(first..end, |cluster, known| seen.push((cluster, known)));
+        let all: Vec<u64> = seen.iter().map(|(cluster, _)| *cluster).collect();
+        assert_eq!(all, (first..end).collect::<Vec<_>>(), "seed {seed}");
+        for (cluster, known) in seen {
+            assert_eq!(known, ones.get(cluster), "cluster {cluster}, seed {seed}");
+            assert_eq!(known, runs.get(cluster), "cluster {cluster}, seed {seed}");
+        }
     }
 }

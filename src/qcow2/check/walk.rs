@@ -1,6 +1,7 @@
 //! One walk through all tables of an image, counting references.
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 
 use crate::bytes::{be16, be32, be64};
 use crate::error::{CorruptKind, Error, Result};
@@ -79,6 +80,29 @@ impl Tables {
         {
             self.until = last;
         }
+    }
+}
+
+/// Neighbouring clusters of guest data whose entries say the same: most entries of most tables.
+#[derive(Debug, Default)]
+struct DataRun {
+    clusters: Range<u64>,
+    copied: bool,
+}
+
+impl DataRun {
+    fn of(cluster: u64, copied: bool) -> Self {
+        Self { clusters: cluster..cluster.saturating_add(1), copied }
+    }
+
+    /// Adds a cluster if it is the next one.
+    fn takes(&mut self, cluster: u64, copied: bool) -> bool {
+        let next = !self.clusters.is_empty() && self.clusters.end == cluster;
+        if !next || self.copied != copied {
+            return false;
+        }
+        self.clusters.end = cluster.saturating_add(1);
+        true
     }
 }
 
@@ -277,7 +301,7 @@ impl<'w, 'a> Walk<'w, 'a> {
         let cluster = self.target.cluster_size();
         let size = self.target.entry_size();
         let (mut entries, mut bad) = (0_u64, 0_u64);
-        let mut expected = None;
+        let (mut expected, mut run) = (None, DataRun::default());
         for (step, entry) in (0_u64..).zip(bytes.chunks_exact(size)) {
             let mut halves = words(entry);
             let word = halves.next().unwrap_or_default();
@@ -300,8 +324,9 @@ impl<'w, 'a> Walk<'w, 'a> {
                 });
                 statistics(report, &reading, table, &mut expected, cluster);
             }
-            self.entry(&reading, table);
+            self.entry(&reading, table, &mut run);
         }
+        self.count_run(run, table);
         if let Some(survey) = notes
             && self.target.rules.data_file
             && (table.active > 1 || bad * 2 > entries)
@@ -344,15 +369,31 @@ impl<'w, 'a> Walk<'w, 'a> {
         }
     }
 
-    fn entry(&mut self, reading: &Reading, table: TableUse) {
+    fn entry(&mut self, reading: &Reading, table: TableUse, run: &mut DataRun) {
+        let bits = self.target.rules.cluster_bits;
+        if let (Some((at, len)), Some((place, copied))) = (reading.refers, reading.points)
+            && at == place
+            && at.trailing_zeros() >= bits
+            && len == self.target.cluster_size()
+        {
+            if !run.takes(at >> bits, copied) {
+                let before = std::mem::replace(run, DataRun::of(at >> bits, copied));
+                self.count_run(before, table);
+            }
+            return;
+        }
         if let Some((at, len)) = reading.refers {
             self.refer(at, len, Use::DATA, table.total);
         }
         if table.active > 0
             && let Some((at, copied)) = reading.points
         {
-            self.references.point(at >> self.target.rules.cluster_bits, copied, table.active);
+            self.references.point(at >> bits, copied, table.active);
         }
+    }
+
+    fn count_run(&mut self, run: DataRun, table: TableUse) {
+        self.references.refer_run(run.clusters, table.total, (run.copied, table.active));
     }
 
     /// Counts what the bitmaps have ("Bitmaps" in the specification).
