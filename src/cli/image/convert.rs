@@ -13,10 +13,9 @@ use crate::cli::progress::Reporting;
 use crate::cli::{ImageFormat, size};
 use crate::error::{Error, Result};
 use crate::image::convert::{self, Options, Outcome};
-use crate::image::make::{self, NewImage};
+use crate::image::make::NewImage;
 use crate::image::{Format, Image, OpenOptions};
 use crate::qcow2::create::Preallocation;
-use crate::storage::FileSource;
 use crate::storage::appear::{Appearing, Foreseen};
 use crate::storage::files::Options as FileOptions;
 use crate::storage::host::{self, Aio};
@@ -32,7 +31,8 @@ Examples:
   vhost-user-qcow2 convert -c -O qcow2 -o compression_type=zstd disk.qcow2 small.qcow2
   vhost-user-qcow2 convert -O qcow2 -B base.qcow2 -F qcow2 overlay.qcow2 copy.qcow2
   vhost-user-qcow2 convert -l before-upgrade -O qcow2 disk.qcow2 then.qcow2
-  vhost-user-qcow2 convert -O qcow2 disk.qcow2 - | ssh host 'cat > disk.qcow2'";
+  vhost-user-qcow2 convert -O qcow2 disk.qcow2 - | ssh host 'cat > disk.qcow2'
+  vhost-user-qcow2 convert -c -O qcow2 disk.qcow2 - > small.qcow2";
 
 /// How the target is written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -50,7 +50,7 @@ pub(super) enum TargetCache {
 #[command(after_help = EXAMPLES)]
 pub struct Convert {
     /// The images to copy, one behind the other, and the target last; `-` is standard output
-    #[arg(required = true, num_args = 2.., value_name = "IMAGE")]
+    #[arg(required = true, value_name = "IMAGE")]
     images: Vec<PathBuf>,
 
     #[command(flatten)]
@@ -134,7 +134,11 @@ impl Convert {
             print(help)?;
             return Ok(0);
         }
-        let (target, sources) = self.images.split_last().expect("there are two or more");
+        // Options may come between them, so that it is not the parser who counts.
+        let [sources @ .., target] = self.images.as_slice() else { return no_target() };
+        if sources.is_empty() {
+            return no_target();
+        }
         let new = self.new_image(target, layout, format)?;
         let streams = target.as_os_str() == "-";
         let in_place = !streams && (self.existing || is_device(target));
@@ -259,28 +263,11 @@ impl Copy<'_> {
             allow_paths: self.arguments.opening.allow_path.clone(),
             ..OpenOptions::default()
         };
-        self.make(target, new, &opening, Some(file))?;
         let tool = self.tool;
+        target::make(tool, target, new, &opening, Some(file))?;
         let source = Foreseen { source: &*tool.files, path: target, file };
         let image = tool.run(Image::open(&*tool.engine, &source, target, &opening))?;
         self.copy(sources, &image, new, true)
-    }
-
-    /// Makes an empty target. Its files are closed again, so that they can be opened as an image.
-    fn make(
-        &self,
-        target: &Path,
-        new: &NewImage,
-        opening: &OpenOptions,
-        file: Option<&Appearing>,
-    ) -> Result<()> {
-        let tool = Tool::with(self.tool.files.options())?;
-        let foreseen = file.map(|file| Foreseen { source: &*tool.files, path: target, file });
-        let source: &dyn FileSource = match &foreseen {
-            Some(foreseen) => foreseen,
-            None => &*tool.files,
-        };
-        tool.run(make::make(&*tool.engine, source, target, new, opening)).map(drop)
     }
 
     /// Copies to standard output, from front to back.
@@ -310,7 +297,7 @@ impl Copy<'_> {
         let _lock = if self.arguments.sharing.is_forced() { lock_old(target)? } else { None };
         let mut zero = self.arguments.target_is_zero;
         if !self.arguments.existing {
-            self.make(target, new, &opening, None)?;
+            target::make(tool, target, new, &opening, None)?;
             // A block device holds anything, but nothing of it is shown before it is allocated.
             let layout = &new.layout;
             zero = new.format == Format::Qcow2
@@ -352,6 +339,10 @@ impl Copy<'_> {
             Outcome::Stopped => Ok(self.interrupts.status().unwrap_or(1)),
         }
     }
+}
+
+fn no_target() -> Result<u8> {
+    Err(Error::refused("convert", "say what is copied and where to: two images or more"))
 }
 
 /// What qemu-img takes too: `snapshot.id=ID` and `snapshot.name=NAME`.
