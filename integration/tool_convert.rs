@@ -2,6 +2,10 @@
 //! layout, plain and compressed, and that program finds nothing wrong with what was made and reads
 //! the same from it; the options do what that program's do.
 
+#[path = "tool/bitmaps.rs"]
+mod bitmaps;
+#[path = "tool/bits.rs"]
+mod bits;
 #[path = "tool/corpus.rs"]
 mod corpus;
 #[path = "tool/streams.rs"]

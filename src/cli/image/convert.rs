@@ -15,6 +15,7 @@ use crate::error::{Error, Result};
 use crate::image::convert::{self, Options, Outcome};
 use crate::image::make::NewImage;
 use crate::image::{Format, Image, OpenOptions};
+use crate::qcow2::bitmap::BitmapFacts;
 use crate::qcow2::create::Preallocation;
 use crate::storage::appear::{Appearing, Foreseen};
 use crate::storage::files::Options as FileOptions;
@@ -31,6 +32,7 @@ Examples:
   vhost-user-qcow2 convert -c -O qcow2 -o compression_type=zstd disk.qcow2 small.qcow2
   vhost-user-qcow2 convert -O qcow2 -B base.qcow2 -F qcow2 overlay.qcow2 copy.qcow2
   vhost-user-qcow2 convert -l before-upgrade -O qcow2 disk.qcow2 then.qcow2
+  vhost-user-qcow2 convert --bitmaps -O qcow2 disk.qcow2 copy.qcow2
   vhost-user-qcow2 convert -O qcow2 disk.qcow2 - | ssh host 'cat > disk.qcow2'
   vhost-user-qcow2 convert -c -O qcow2 disk.qcow2 - > small.qcow2";
 
@@ -104,6 +106,14 @@ pub struct Convert {
     #[arg(long, short = 'm', value_name = "N", default_value_t = 16)]
     #[arg(value_parser = clap::value_parser!(u16).range(1..=256))]
     parallel: u16,
+
+    /// Copy the source's persistent bitmaps, too
+    #[arg(long)]
+    bitmaps: bool,
+
+    /// Leave bitmaps out that are inconsistent or of a kind that is not known
+    #[arg(long, requires = "bitmaps")]
+    skip_broken_bitmaps: bool,
 
     /// How the target is written
     #[arg(long, short = 't', value_enum, value_name = "CACHE", default_value = "writeback")]
@@ -190,6 +200,7 @@ impl Convert {
         if self.compress && options.data_file.is_some() {
             return refuse("an image with an external data file cannot hold compressed clusters");
         }
+        self.check_bitmaps(target, format)?;
         Ok(NewImage {
             format,
             size: layout.size,
@@ -197,6 +208,24 @@ impl Convert {
             replace: true,
             trust_backing: false,
         })
+    }
+
+    /// Whether there can be bitmaps to copy, and a place for them.
+    fn check_bitmaps(&self, target: &Path, format: Format) -> Result<()> {
+        let why = if !self.bitmaps {
+            return Ok(());
+        } else if format == Format::Raw {
+            "a raw image has no bitmaps; copy them to a qcow2 image (-O qcow2)"
+        } else if target.as_os_str() == "-" {
+            "a stream has no bitmaps; write to a file"
+        } else if self.images.len() > 2 {
+            "bitmaps are copied from one image, not from several"
+        } else if self.snapshot.is_some() {
+            "bitmaps tell of the disk as it is now, not of a snapshot"
+        } else {
+            return Ok(());
+        };
+        Err(Error::refused(target.display().to_string(), why))
     }
 
     async fn open_sources(&self, tool: &Tool, sources: &[PathBuf]) -> Result<Vec<Image>> {
@@ -266,8 +295,8 @@ impl Copy<'_> {
         let tool = self.tool;
         target::make(tool, target, new, &opening, Some(file))?;
         let source = Foreseen { source: &*tool.files, path: target, file };
-        let image = tool.run(Image::open(&*tool.engine, &source, target, &opening))?;
-        self.copy(sources, &image, new, true)
+        let mut image = tool.run(Image::open(&*tool.engine, &source, target, &opening))?;
+        self.copy(sources, &mut image, new, true)
     }
 
     /// Copies to standard output, from front to back.
@@ -304,17 +333,55 @@ impl Copy<'_> {
                 && layout.preallocation == Preallocation::Off
                 && layout.data_file.is_none();
         }
-        let image = tool.run(Image::open(&*tool.engine, &*tool.files, target, &opening))?;
-        self.copy(sources, &image, new, zero)
+        let mut image = tool.run(Image::open(&*tool.engine, &*tool.files, target, &opening))?;
+        self.copy(sources, &mut image, new, zero)
     }
 
-    fn copy(&self, sources: &[Image], target: &Image, new: &NewImage, zero: bool) -> Result<u8> {
+    fn copy(
+        &self,
+        sources: &[Image],
+        target: &mut Image,
+        new: &NewImage,
+        zero: bool,
+    ) -> Result<u8> {
         let files = &self.tool.files;
         let options = self.arguments.options(new, zero);
-        self.watched(sources, false, |watch| {
+        let bitmaps = self.bitmaps(sources, target)?;
+        let status = self.watched(sources, false, |watch| {
             let make = |lane| host::engine(Aio::Auto, files, lane);
             convert::convert(sources, target, &options, &*self.tool.engine, &make, watch)
+        })?;
+        if status != 0 || bitmaps.is_empty() {
+            return Ok(status);
+        }
+        let mut goes_on = || self.interrupts.status().is_none();
+        let st = &*self.tool.engine;
+        let copied = convert::copy_bitmaps(st, &sources[0], &bitmaps, target, &mut goes_on);
+        Ok(match self.tool.run(copied)? {
+            Outcome::Complete => 0,
+            Outcome::Stopped => self.interrupts.status().unwrap_or(1),
         })
+    }
+
+    /// The bitmaps that the target gets when everything else is there.
+    fn bitmaps(&self, sources: &[Image], target: &Image) -> Result<Vec<BitmapFacts>> {
+        let [source] = sources else { return Ok(Vec::new()) };
+        if !self.arguments.bitmaps {
+            return Ok(Vec::new());
+        }
+        let st = &*self.tool.engine;
+        let found = self.tool.run(convert::source_bitmaps(st, source))?;
+        let path = self.arguments.images[0].display();
+        for (name, why) in found.broken {
+            let what = format!("the bitmap {name:?} cannot be copied: {why}");
+            if !self.arguments.skip_broken_bitmaps {
+                let help = "leave it out with --skip-broken-bitmaps, or remove it";
+                return Err(Error::refused(path.to_string(), format!("{what}; {help}")));
+            }
+            eprintln!("vhost-user-qcow2: {path}: {what}, and is left out");
+        }
+        self.tool.run(convert::check_bitmaps(st, source, &found.usable, target))?;
+        Ok(found.usable)
     }
 
     /// Runs a copy, telling how far it is; returns the exit status.

@@ -7,6 +7,7 @@
 //! a processor's cache between its read and its write. A [`stream`](fn@stream) is written from
 //! front to back, to a pipe; [`packed`] is how that is compressed.
 
+mod bitmaps;
 mod copy;
 mod packed;
 mod scan;
@@ -28,6 +29,7 @@ use crate::image::convert::work::Board;
 use crate::storage::{Engine, Storage, block_on};
 
 pub use crate::image::watch::Outcome;
+pub use bitmaps::{SourceBitmaps, check_bitmaps, copy_bitmaps, source_bitmaps};
 pub use stream::{Output, stream};
 
 /// Bytes that are read at once.
