@@ -32,7 +32,8 @@
 //! 4. COPIED is set where it is true; sync.
 //! 5. When a second check finds nothing, the dirty and corrupt bits are cleared; sync.
 //!
-//! A crash in between leaves an image that the same repair finishes.
+//! A crash in between leaves an image that the same repair finishes. A repair of leaks is step 3,
+//! and step 4 where nothing else is wrong.
 
 mod blocks;
 mod counted;
@@ -318,7 +319,7 @@ async fn survey(target: &Target<'_>, memory: usize) -> Result<Survey> {
     Ok(survey)
 }
 
-/// Lowers refcounts that are too high, if all references are known.
+/// Lowers refcounts that are too high, if all references are known, and sets the flags that say so.
 async fn repair_leaks(
     target: &Target<'_>,
     before: &Survey,
@@ -335,7 +336,11 @@ async fn repair_leaks(
         return Ok(false);
     }
     prepare(target).await?;
-    each_window(target, View::AS_IS, memory, &[Stage::Lower], notes).await?;
+    // Where nothing but leaks is wrong, the only flags that are wrong after it are those that a
+    // refcount of one asks for now.
+    let flags = before.report.corruptions == 0;
+    let stages = if flags { &[Stage::Lower, Stage::Set][..] } else { &[Stage::Lower] };
+    each_window(target, View::AS_IS, memory, stages, notes).await?;
     Ok(true)
 }
 
