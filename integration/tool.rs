@@ -12,6 +12,8 @@ mod corpus;
 mod damage;
 #[path = "tool/edits.rs"]
 mod edits;
+#[path = "tool/progress.rs"]
+mod progress;
 #[path = "tool/readme.rs"]
 mod readme;
 

@@ -2,8 +2,14 @@
 //! layout, plain and compressed, and that program finds nothing wrong with what was made and reads
 //! the same from it; the options do what that program's do.
 
+#[path = "tool/bitmaps.rs"]
+mod bitmaps;
+#[path = "tool/bits.rs"]
+mod bits;
 #[path = "tool/corpus.rs"]
 mod corpus;
+#[path = "tool/streams.rs"]
+mod streams;
 
 use std::fs;
 use std::os::unix::fs::MetadataExt;
@@ -137,6 +143,19 @@ fn make_raw(path: &Path, bytes: usize, seed: u64) {
         at += len;
     }
     fs::write(path, disk).expect("a raw image");
+}
+
+#[test]
+fn options_may_come_anywhere() {
+    let scratch = Scratch::new("convert-options");
+    let directory = scratch.directory();
+    make_raw(&scratch.file("disk.raw"), 1 << 20, 8);
+    done(directory, &["convert", "-f", "raw", "disk.raw", "-O", "qcow2", "copy.qcow2", "-c"]);
+    assert_same(directory, ("disk.raw", "raw"), ("copy.qcow2", "qcow2"));
+    for words in [&["convert", "-f", "raw", "disk.raw"][..], &["convert", "disk.raw", "-O", "raw"]]
+    {
+        assert!(refused(directory, words).contains("two images"));
+    }
 }
 
 #[test]

@@ -1,7 +1,8 @@
 //! The image tool's verbs that write are killed at random moments: what they read is as it was, and
-//! what they were making is not there, or is whole; what they change in place may have leaks, holds
-//! the old bytes or the new ones, and is never corrupt. A snapshot that was begun may leave COPIED
-//! flags that a repair sets right.
+//! what they were making is not there, or is whole; what they change in place may have leaks, which
+//! a repair removes, holds the old bytes or the new ones, and is never corrupt. A snapshot that was
+//! begun may leave COPIED flags that a repair sets right. A commit changes two files: the overlay
+//! over its backing file reads the same whatever was done, and the commit can be done again.
 //!
 //! `KILLS=500` makes it long; a verb that is new only needs a line in [`VERBS`].
 
@@ -43,7 +44,7 @@ const fn verb(words: &'static str, before: Option<&'static str>, leaves: Leaves)
     Verb { words, before, leaves }
 }
 
-const VERBS: [Verb; 23] = [
+const VERBS: [Verb; 31] = [
     verb(
         "create -q -o preallocation=metadata,cluster_size=512 target.qcow2 4M",
         None,
@@ -118,11 +119,35 @@ const VERBS: [Verb; 23] = [
     ),
     verb("amend -o compat=0.10 target.qcow2", Some("disk.qcow2"), Leaves::Either(&["disk.raw"])),
     verb("amend -o size=64M target.qcow2", Some("disk.qcow2"), Leaves::Either(&["disk.raw"])),
+    verb(
+        "amend -o refcount_bits=64 target.qcow2",
+        Some("disk.qcow2"),
+        Leaves::Either(&["disk.raw"]),
+    ),
+    verb(
+        "amend -o refcount_bits=8 target.qcow2",
+        Some("snapshots.qcow2"),
+        Leaves::Either(&["snapshots.raw"]),
+    ),
     verb("bitmap --add -g 64k target.qcow2 one", Some("disk.qcow2"), Leaves::Either(&["disk.raw"])),
+    verb("commit -q target.qcow2", Some("above.qcow2"), Leaves::Either(&["overlay.raw"])),
+    verb("commit -q -d target.qcow2", Some("above.qcow2"), Leaves::Either(&["overlay.raw"])),
+    verb("commit -q target.qcow2", Some("above-raw.qcow2"), Leaves::Either(&["above-raw.raw"])),
+    verb(
+        "dd -f qcow2 -O qcow2 bs=64k if=overlay.qcow2 of=target.qcow2",
+        None,
+        Leaves::NothingOr("overlay.raw"),
+    ),
+    verb(
+        "dd -f qcow2 -O qcow2 if=disk.qcow2 of=target.qcow2",
+        Some("snapshots.qcow2"),
+        Leaves::OldOr("disk.raw"),
+    ),
+    verb("dd -f qcow2 if=disk.qcow2 of=target.raw", None, Leaves::NothingOr("disk.raw")),
 ];
 
 /// Files that are there before any verb begins, and that none may change.
-const SOURCES: [&str; 8] = [
+const SOURCES: [&str; 12] = [
     "disk.raw",
     "disk.qcow2",
     "overlay.raw",
@@ -131,7 +156,15 @@ const SOURCES: [&str; 8] = [
     "snapshots.qcow2",
     "leaks.qcow2",
     "zeros.raw",
+    "above.qcow2",
+    "above-raw.qcow2",
+    "above-raw.raw",
+    "short.raw",
 ];
+
+/// What a commit writes into, and which source it is before: the backing files of `above.qcow2` and
+/// `above-raw.qcow2`. The second one has to grow.
+const BELOW: [(&str, &str); 2] = [("below.qcow2", "disk.qcow2"), ("below.raw", "short.raw")];
 
 fn run(directory: &Path, program: &str, words: &[&str]) -> i32 {
     let mut command = Command::new(program);
@@ -179,6 +212,15 @@ fn prepare(directory: &Path, seed: u64) {
     img("snapshot -c two snapshots.qcow2");
     io("snapshots.qcow2", &["write -P 6 500k 1M"]);
     img("convert -f qcow2 -O raw snapshots.qcow2 snapshots.raw");
+    fs::write(directory.join("short.raw"), &disk[..SIZE - (1 << 20)]).expect("a disk");
+    for (below, before) in BELOW {
+        fs::copy(directory.join(before), directory.join(below)).expect("a backing file");
+    }
+    img("create -q -f qcow2 -b below.qcow2 -F qcow2 above.qcow2");
+    io("above.qcow2", &["write -P 9 100k 700k", "write -z 2M 1M"]);
+    img("create -q -f qcow2 -b below.raw -F raw -o cluster_size=512 above-raw.qcow2 4M");
+    io("above-raw.qcow2", &["write -P 8 0 200k", "write -z 1M 100k", "write -P 7 3500k 100k"]);
+    img("convert -f qcow2 -O raw above-raw.qcow2 above-raw.raw");
     leak(directory);
 }
 
@@ -260,33 +302,46 @@ impl Place<'_> {
             }
         }
         let now = fs::read(self.directory.join(target)).ok();
-        let format = if target.ends_with(".raw") { "raw" } else { "qcow2" };
         match (verb.leaves, now) {
             (Leaves::NothingOr(_), None) => return Ok("absent"),
             (Leaves::OldOr(_), Some(now)) if Some(&now[..]) == old => return Ok("old"),
             (_, None) => return Err(format!("{target} is gone")),
             _ => {}
         }
-        let mut leaks = false;
-        if format == "qcow2" {
-            let in_place = matches!(verb.leaves, Leaves::Either(_) | Leaves::Sound);
-            let (code, told) = self.check(target);
-            leaks = code == 3;
-            if verb.words.starts_with("snapshot") && code == 2 && is_about_flags(&told) {
-                let ours = program();
-                let ours = ours.to_str().expect("its path is text");
-                must(self.directory, ours, &["check", "-q", "-r", "all", target]);
-                let (code, told) = self.check(target);
-                if code != 0 {
-                    return Err(format!("{target} was repaired and is not sound: {told}"));
-                }
-            } else if code != 0 && !(leaks && in_place) {
-                return Err(format!("{target} is not sound: {code}, {told}"));
-            }
+        let format = if target.ends_with(".raw") { "raw" } else { "qcow2" };
+        let mut leaks = format == "qcow2" && self.is_sound_but_for_leaks(verb, target)?;
+        self.holds(verb, target, format)?;
+        if verb.words.starts_with("commit") {
+            leaks |= self.is_sound_but_for_leaks(verb, BELOW[0].0)?;
+            self.commit_again(verb, target)?;
         }
-        if verb.leaves == Leaves::Sound {
-            return Ok(if leaks { "leaks" } else { "sound" });
+        Ok(if leaks { "leaks" } else { "sound" })
+    }
+
+    /// Whether an image has leaks, which are repaired then; complains of everything else that is
+    /// wrong with it.
+    fn is_sound_but_for_leaks(&self, verb: &Verb, image: &str) -> Result<bool, String> {
+        let in_place = matches!(verb.leaves, Leaves::Either(_) | Leaves::Sound);
+        let (code, told) = self.check(image);
+        let flags = verb.words.starts_with("snapshot") && code == 2 && is_about_flags(&told);
+        if code == 0 {
+            return Ok(false);
         }
+        let leaks = code == 3 && in_place;
+        if !flags && !leaks {
+            return Err(format!("{image} is not sound: {code}, {told}"));
+        }
+        let repair = if flags { "all" } else { "leaks" };
+        self.ours(&["check", "-q", "-r", repair, image]);
+        let (code, told) = self.check(image);
+        if code != 0 {
+            return Err(format!("{image} was repaired and is not sound: {told}"));
+        }
+        Ok(!flags)
+    }
+
+    /// Complains if the target holds something that the verb does not leave.
+    fn holds(&self, verb: &Verb, target: &str, format: &str) -> Result<(), String> {
         let disk = self.disk(target, format);
         let same = |name: &str| {
             let other = self.source(name);
@@ -300,12 +355,35 @@ impl Place<'_> {
             Leaves::Either(names) => names.iter().any(|name| same(name)),
             Leaves::Sound => true,
         };
-        match (good, leaks) {
-            (false, _) => Err(format!("{target} holds other bytes")),
-            (true, true) => Ok("leaks"),
-            (true, false) => Ok("sound"),
-        }
+        if good { Ok(()) } else { Err(format!("{target} holds other bytes")) }
     }
+
+    /// Commits once more what may have been committed already: the disk stays what it was, and its
+    /// backing file becomes the same.
+    fn commit_again(&self, verb: &Verb, target: &str) -> Result<(), String> {
+        self.ours(&verb.words.split_whitespace().collect::<Vec<_>>());
+        self.holds(verb, target, "qcow2")?;
+        let raw = matches!(verb.leaves, Leaves::Either(["above-raw.raw"]));
+        let (below, format) = if raw { ("below.raw", "raw") } else { ("below.qcow2", "qcow2") };
+        self.holds(verb, below, format)?;
+        for image in [target, BELOW[0].0] {
+            let (code, told) = self.check(image);
+            if code != 0 {
+                return Err(format!("{image} is not sound after another commit: {told}"));
+            }
+        }
+        Ok(())
+    }
+
+    /// Runs our program, which must succeed.
+    fn ours(&self, words: &[&str]) {
+        let program = program();
+        must(self.directory, program.to_str().expect("its path is text"), words);
+    }
+}
+
+fn is_target(word: &&str) -> bool {
+    word.starts_with("target.")
 }
 
 #[test]
@@ -324,13 +402,19 @@ fn killed_verbs_leave_nothing_half_done() {
         let number = (rounds + usize::try_from(seed % 1000).expect("small")) % VERBS.len();
         let verb = &VERBS[number];
         rounds += 1;
-        let target = verb.words.split_whitespace().find(|word| word.starts_with("target."));
+        let words = verb.words.split_whitespace();
+        let target = words.map(|word| word.trim_start_matches("of=")).find(is_target);
         let target = target.expect("a target");
         let path = directory.join(target);
         let _ = fs::remove_file(&path);
         let old = verb.before.map(|name| place.source(name));
         if let Some(old) = old {
             fs::write(&path, old).expect("a target");
+        }
+        if verb.words.starts_with("commit") {
+            for (below, before) in BELOW {
+                fs::write(directory.join(below), place.source(before)).expect("a backing file");
+            }
         }
         let after = longest[number].mul_f64(random.f64());
         let ended = place.kill(verb, after);

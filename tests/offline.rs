@@ -9,6 +9,8 @@ mod disk;
 mod edits;
 #[path = "offline/faults.rs"]
 mod faults;
+#[path = "offline/headers.rs"]
+mod headers;
 #[path = "offline/hostile.rs"]
 mod hostile;
 #[path = "offline/live.rs"]

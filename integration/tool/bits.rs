@@ -24,19 +24,25 @@ fn extension(image: &[u8]) -> &[u8] {
     }
 }
 
-/// The ranges of bits that are set in the bitmap called `name`: first, and behind the last.
-pub(crate) fn set_bits(image: &[u8], name: &str) -> Vec<(u64, u64)> {
+/// Where the entry of the bitmap called `name` lies in the file.
+pub(crate) fn entry(image: &[u8], name: &str) -> usize {
     let extension = extension(image);
     let mut at = place(extension, 16, 8);
     for _ in 0..word(extension, 0, 4) {
         let (name_len, extra) = (place(image, at + 18, 2), place(image, at + 20, 4));
         let start = at + 24 + extra;
         if &image[start..start + name_len] == name.as_bytes() {
-            return ranges(image, place(image, at, 8), place(image, at + 8, 4));
+            return at;
         }
         at = (start + name_len).next_multiple_of(8);
     }
     panic!("there is no bitmap {name:?}");
+}
+
+/// The ranges of bits that are set in the bitmap called `name`: first, and behind the last.
+pub(crate) fn set_bits(image: &[u8], name: &str) -> Vec<(u64, u64)> {
+    let at = entry(image, name);
+    ranges(image, place(image, at, 8), place(image, at + 8, 4))
 }
 
 fn ranges(image: &[u8], table: usize, entries: usize) -> Vec<(u64, u64)> {

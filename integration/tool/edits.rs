@@ -236,6 +236,21 @@ fn what_is_amended_is_what_qemu_img_amends() {
         ("cluster_size=512", false, &["compat=0.10", "size=12M", "compat=1.1"]),
         ("extended_l2=on", true, &["lazy_refcounts=on", "compat=0.10", "cluster_size=64k"]),
         ("refcount_bits=64", false, &["compat=0.10", "compat=0.10,refcount_bits=64", "nonsense=1"]),
+        (
+            "cluster_size=512",
+            false,
+            &["refcount_bits=64", "refcount_bits=1", "refcount_bits=3", "refcount_bits=2"],
+        ),
+        (
+            "refcount_bits=8",
+            true,
+            &["refcount_bits=32", "compat=0.10,refcount_bits=16", "compat=1.1,refcount_bits=4"],
+        ),
+        (
+            "compat=0.10",
+            false,
+            &["refcount_bits=16", "refcount_bits=8", "refcount_bits=8,compat=v3"],
+        ),
         // That program makes version 2 of it, which forgets how clusters are compressed; here that
         // is refused.
         ("compression_type=zstd", false, &["compression_type=zlib", "lazy_refcounts=on"]),

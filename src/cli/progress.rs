@@ -61,6 +61,53 @@ impl Reporting {
         told.set(0);
         told
     }
+
+    /// What is told of `verb`, as it says how far it is.
+    pub(super) fn steps(&self, verb: &'static str, quiet: bool) -> Steps {
+        Steps { reporting: *self, verb, quiet, streams: false, told: None }
+    }
+}
+
+/// What is told of work that says itself how much there is.
+#[derive(Debug)]
+pub(super) struct Steps {
+    reporting: Reporting,
+    verb: &'static str,
+    quiet: bool,
+    streams: bool,
+    told: Option<Told>,
+}
+
+impl Steps {
+    /// Standard output is not for words.
+    pub(super) fn streaming(self, streams: bool) -> Self {
+        Self { streams, ..self }
+    }
+
+    /// So many bytes of `total` are done. Where the total is another one than before, this is the
+    /// beginning of other work.
+    pub(super) fn set(&mut self, done: u64, total: u64) {
+        if let Some(told) = self.told.as_mut().filter(|told| told.total == total) {
+            return told.set(done);
+        }
+        // A bar that is there goes before the next one comes.
+        self.told = None;
+        let mut told = self.reporting.start(self.verb, total, self.quiet, self.streams);
+        if done > 0 {
+            told.set(done);
+        }
+        self.told = Some(told);
+    }
+
+    /// Everything is done. That there was nothing to do is told to those only who asked.
+    pub(super) fn finish(self) {
+        let asked =
+            self.reporting.bar || matches!(self.reporting.progress, Style::Bar | Style::Json);
+        let start = || self.reporting.start(self.verb, 0, self.quiet, self.streams);
+        if let Some(told) = self.told.or_else(|| asked.then(start)) {
+            told.finish();
+        }
+    }
 }
 
 fn bar(verb: &'static str, total: u64) -> ProgressBar {

@@ -7,16 +7,17 @@ use crate::error::{Error, Result};
 use crate::image::Image;
 use crate::image::chain::Layer;
 use crate::image::gate::{Format, Gate, OpenOptions};
+use crate::image::watch::{Outcome, Watch};
 use crate::qcow2::bitmap::{BitmapEdit, LoadedBitmap, MergeSource, load_bitmap};
-use crate::qcow2::{Amend, StatusKind};
+use crate::qcow2::{Amend, StatusKind, check};
 use crate::storage::{Buf, FileSource, Storage};
 
 /// Zeros are written in pieces of at most this many bytes.
 const PIECE: u64 = 1 << 20;
 
 /// Changes the header of the image at `path`. For version 2 every cluster of zeros becomes one of
-/// bytes, or of nothing where nothing lies below; `progress` is told how many bytes of how many
-/// were looked at.
+/// bytes, or of nothing where nothing lies below; when `watch` says no before the end of that, the
+/// header stays as it is, and the change can be made again.
 ///
 /// # Errors
 /// As [`Image::open`] and [`crate::qcow2::Qcow2::amend`].
@@ -26,8 +27,8 @@ pub async fn amend(
     path: &Path,
     options: &OpenOptions,
     amend: &Amend,
-    mut progress: impl FnMut(u64, u64),
-) -> Result<()> {
+    watch: &mut Watch<'_>,
+) -> Result<Outcome> {
     let within = |error: Error| error.within(path.display());
     let down = amend.version.is_some_and(|version| version < 3);
     let mut image = if down {
@@ -38,23 +39,48 @@ pub async fn amend(
     let top = image.top_qcow2().map_err(within)?;
     top.check_amend(amend).map_err(within)?;
     if down && top.header().version > 2 {
-        expand_zeros(st, &image, &mut progress).await.map_err(within)?;
+        let outcome = expand_zeros(st, &image, watch).await.map_err(within)?;
         image.close(st).await.map_err(within)?;
+        if outcome == Outcome::Stopped {
+            return Ok(outcome);
+        }
     }
-    image.top_qcow2()?.amend(st, amend).await.map_err(within)
+    image.top_qcow2()?.amend(st, amend).await.map_err(within)?;
+    Ok(Outcome::Complete)
+}
+
+/// Gives the image at `path` refcounts of `1 << order` bits; nothing else is opened. `progress` is
+/// told how far it is.
+///
+/// # Errors
+/// As [`Image::open`] and [`check::widen_refcounts`].
+pub async fn amend_refcounts(
+    st: &dyn Storage,
+    source: &dyn FileSource,
+    path: &Path,
+    options: &OpenOptions,
+    order: u32,
+    progress: &check::Told<'_>,
+) -> Result<()> {
+    // Opening it repairs what a crash has left of late refcounts.
+    let mut image = Gate::new(st, source, path, options)?.open_alone(path).await?;
+    let name = path.display().to_string();
+    let file = image.top_qcow2().map_err(|error| error.within(&name))?.file();
+    image.close(st).await.map_err(|error| error.within(&name))?;
+    // What is in memory of the old refcounts must never be written.
+    drop(image);
+    check::widen_refcounts(st, &name, file, order, progress).await
 }
 
 /// Leaves no cluster of zeros: version 2 cannot say that.
-async fn expand_zeros(
-    st: &dyn Storage,
-    image: &Image,
-    progress: &mut impl FnMut(u64, u64),
-) -> Result<()> {
-    let Layer::Qcow2(top) = image.chain.top() else { return Ok(()) };
+async fn expand_zeros(st: &dyn Storage, image: &Image, watch: &mut Watch<'_>) -> Result<Outcome> {
+    let Layer::Qcow2(top) = image.chain.top() else { return Ok(Outcome::Complete) };
     let backed = image.chain.0.len() > 1;
     let (mut at, size) = (0, image.size());
     while at < size {
-        progress(at, size);
+        if !watch(at, size) {
+            return Ok(Outcome::Stopped);
+        }
         let here = GuestOffset(at);
         let status = top.status(st, here, size - at).await?;
         let mut len = status.len;
@@ -67,8 +93,8 @@ async fn expand_zeros(
         }
         at += len;
     }
-    progress(size, size);
-    Ok(())
+    watch(size, size);
+    Ok(Outcome::Complete)
 }
 
 /// One change of the bitmaps of an image, as it is asked for.

@@ -8,6 +8,7 @@ use crate::image::Image;
 use crate::image::chain::Layer;
 use crate::image::gate::{Gate, OpenOptions};
 use crate::image::status::{BlockMap, Status};
+use crate::image::watch::{Outcome, Watch};
 use crate::storage::{Buf, FileSource, Storage};
 
 /// Bytes are copied in pieces of at most this many.
@@ -24,11 +25,11 @@ pub struct Commit<'a> {
 }
 
 /// Writes what the image at `path` holds, and what layers between hold, into a file below it, which
-/// grows if it is smaller; then empties the image. `progress` is told how many bytes of how many
-/// are done.
+/// grows if it is smaller; then empties the image, unless `watch` says no before.
 ///
 /// At any time, also after a power cut, the image reads as before: it hides what changes below, and
-/// is emptied only after that is durable (R22 in `ORDERING.md`).
+/// is emptied only after that is durable (R22 in `ORDERING.md`). A commit that was stopped can be
+/// done again.
 ///
 /// # Errors
 /// As [`Image::open`], [`Image::resize`] for a file that must grow, and [`Image::write`].
@@ -38,8 +39,8 @@ pub async fn commit(
     path: &Path,
     options: &OpenOptions,
     how: Commit<'_>,
-    mut progress: impl FnMut(u64, u64),
-) -> Result<()> {
+    watch: &mut Watch<'_>,
+) -> Result<Outcome> {
     let name = path.display().to_string();
     if options.read_only {
         return Err(Error::refused(name, "it was opened read-only"));
@@ -76,12 +77,12 @@ pub async fn commit(
     if base.size() < upper.size() {
         base.resize(st, upper.size(), false).await.map_err(within)?;
     }
-    copy_up(st, &upper, &base, &mut progress).await.map_err(within)?;
+    let outcome = copy_up(st, &upper, &base, watch).await.map_err(within)?;
     base.close(st).await.map_err(within)?;
-    if !keep {
+    if !keep && outcome == Outcome::Complete {
         upper.make_empty(st).await.map_err(within)?;
     }
-    Ok(())
+    Ok(outcome)
 }
 
 /// Copies all that the layers of `upper` hold into `base`, which is at least as long.
@@ -89,12 +90,12 @@ async fn copy_up(
     st: &dyn Storage,
     upper: &Image,
     base: &Image,
-    progress: &mut impl FnMut(u64, u64),
-) -> Result<()> {
+    watch: &mut Watch<'_>,
+) -> Result<Outcome> {
     let map = BlockMap::new(st, upper).await?;
     let (mut at, size) = (0, upper.size());
-    progress(0, size);
-    while at < size {
+    let mut goes_on = watch(0, size);
+    while goes_on && at < size {
         let here = GuestOffset(at);
         let status = map.status(st, here, size - at).await?;
         let mut len = status.len;
@@ -107,9 +108,10 @@ async fn copy_up(
             base.write_zeroes(st, here, len, true).await?;
         }
         at += len;
-        progress(at, size);
+        goes_on = watch(at, size);
     }
-    base.flush(st).await
+    base.flush(st).await?;
+    Ok(if at < size { Outcome::Stopped } else { Outcome::Complete })
 }
 
 /// Whether bytes that no layer holds are zeros because a layer between is too short to let the one

@@ -4,6 +4,7 @@ use crate::bytes::GuestOffset;
 use crate::error::{Error, Result};
 use crate::image::chain::Layer;
 use crate::image::status::{BlockMap, Status};
+use crate::image::watch::Progress;
 use crate::qcow2::bitmap::read_bitmaps;
 use crate::qcow2::create::{CreateOptions, Preallocation};
 use crate::qcow2::measure::{bitmap_bytes, fully_allocated};
@@ -27,7 +28,7 @@ pub enum Difference {
 }
 
 /// Compares two disks; what one of them is longer must be zeros. With `strict` they have the same
-/// size, and the same bytes are allocated.
+/// size, and the same bytes are allocated. `progress` is told how far it is.
 ///
 /// # Errors
 /// When one of them cannot be read.
@@ -35,14 +36,16 @@ pub async fn compare(
     st: &dyn Storage,
     (first, second): (&BlockMap<'_>, &BlockMap<'_>),
     strict: bool,
+    progress: &mut Progress<'_>,
 ) -> Result<Option<Difference>> {
     let (sizes, mut at) = ((first.size(), second.size()), 0);
     if strict && sizes.0 != sizes.1 {
         return Ok(Some(Difference::Size));
     }
-    let common = sizes.0.min(sizes.1);
+    let (common, end) = (sizes.0.min(sizes.1), sizes.0.max(sizes.1));
     let mut runs = (Run::new(first, strict), Run::new(second, strict));
     while at < common {
+        progress(at, end);
         let one = runs.0.at(st, at, common).await?;
         let other = runs.1.at(st, at, common).await?;
         let run = one.len.min(other.len);
@@ -67,7 +70,7 @@ pub async fn compare(
         at += len;
     }
     let longer = if sizes.0 > common { first } else { second };
-    only_zeros(st, longer, common).await
+    only_zeros(st, longer, common, progress).await
 }
 
 /// The run of a disk that a comparison is in: it is looked up once, however many pieces it is
@@ -110,8 +113,10 @@ async fn only_zeros(
     st: &dyn Storage,
     disk: &BlockMap<'_>,
     mut at: u64,
+    progress: &mut Progress<'_>,
 ) -> Result<Option<Difference>> {
     while at < disk.size() {
+        progress(at, disk.size());
         let status = disk.status(st, GuestOffset(at), disk.size() - at).await?;
         let mut len = status.len;
         if !status.zero {

@@ -6,6 +6,7 @@ use crate::bytes::GuestOffset;
 use crate::error::Result;
 use crate::image::Image;
 use crate::image::status::BlockMap;
+use crate::image::watch::{Outcome, Watch};
 use crate::storage::{Buf, Storage};
 
 /// Bytes are copied in pieces of at most this many.
@@ -39,7 +40,7 @@ impl Part {
 }
 
 /// Copies a part of a disk to the beginning of another one, which reads as zeros and is at least as
-/// long, and closes that. `progress` is told how many bytes of how many are done.
+/// long, and closes that, also when `watch` says no before the end.
 ///
 /// # Errors
 /// As [`Image::read`] and [`Image::write`].
@@ -48,13 +49,13 @@ pub async fn copy_part(
     disk: &Image,
     range: Range<u64>,
     target: &Image,
-    mut progress: impl FnMut(u64, u64),
-) -> Result<()> {
+    watch: &mut Watch<'_>,
+) -> Result<Outcome> {
     let map = BlockMap::new(st, disk).await?;
     let size = range.end - range.start;
     let mut at = range.start;
-    progress(0, size);
-    while at < range.end {
+    let mut goes_on = watch(0, size);
+    while goes_on && at < range.end {
         let status = map.status(st, GuestOffset(at), range.end - at).await?;
         let mut len = status.len;
         if !status.zero {
@@ -64,7 +65,8 @@ pub async fn copy_part(
             target.write(st, GuestOffset(at - range.start), buf).await?;
         }
         at += len;
-        progress(at - range.start, size);
+        goes_on = watch(at - range.start, size);
     }
-    target.close(st).await
+    target.close(st).await?;
+    Ok(if at < range.end { Outcome::Stopped } else { Outcome::Complete })
 }

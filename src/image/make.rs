@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use crate::error::{Error, Result};
 use crate::image::gate::{Format, Gate, OpenOptions, directory};
+use crate::image::watch::Progress;
 use crate::qcow2::create::{self, CreateOptions};
 use crate::storage::{FileSource, OpenMode, Opened, Storage};
 
@@ -36,6 +37,21 @@ pub async fn make(
     new: &NewImage,
     options: &OpenOptions,
 ) -> Result<CreateOptions> {
+    make_told(st, source, path, new, options, &mut |_, _| {}).await
+}
+
+/// As [`make`]; `progress` is told how many bytes of how many are prepared, when those are written.
+///
+/// # Errors
+/// As [`make`].
+pub async fn make_told(
+    st: &dyn Storage,
+    source: &dyn FileSource,
+    path: &Path,
+    new: &NewImage,
+    options: &OpenOptions,
+    progress: &mut Progress<'_>,
+) -> Result<CreateOptions> {
     if options.read_only {
         return Err(Error::refused(path.display().to_string(), "nothing is made read-only"));
     }
@@ -64,8 +80,8 @@ pub async fn make(
     };
     let file = open(source, path, new.replace)?;
     let made = match new.format {
-        Format::Qcow2 => create::create(st, file, data, &layout).await,
-        Format::Raw => create::prepare(st, file, size, layout.preallocation).await,
+        Format::Qcow2 => create::create_told(st, file, data, &layout, progress).await,
+        Format::Raw => create::prepare(st, file, size, layout.preallocation, progress).await,
     };
     made.map_err(within)?;
     Ok(layout)

@@ -26,6 +26,7 @@ pub mod policy;
 pub mod rebase;
 pub mod status;
 mod transfer;
+pub mod watch;
 
 use std::fmt;
 

@@ -6,6 +6,7 @@ use std::path::Path;
 use crate::error::{Error, Result};
 use crate::image::chain::Layer;
 use crate::image::transfer::Batch;
+use crate::image::watch::Progress;
 use crate::image::{Format, Image, OpenOptions};
 use crate::qcow2::check::{self, Repair, Report};
 use crate::qcow2::create::Preallocation;
@@ -101,7 +102,8 @@ pub async fn resize(
     done.map_err(|error| error.within(path.display()))
 }
 
-/// Takes the host's space of a raw image at `path` from the byte `from` on, which reads as zeros.
+/// Takes the host's space of a raw image at `path` from the byte `from` on, which reads as zeros;
+/// `progress` is told how many bytes of how many are written.
 ///
 /// # Errors
 /// When the file cannot be opened, and I/O errors.
@@ -111,16 +113,17 @@ pub async fn take_tail(
     path: &Path,
     from: u64,
     preallocation: Preallocation,
+    progress: &mut Progress<'_>,
 ) -> Result<()> {
     let file = source.open(path, OpenMode { read_only: false, backing: false })?;
     let len = file.length.saturating_sub(from);
-    crate::qcow2::create::take(st, file.id, from, len, preallocation).await?;
+    crate::qcow2::create::take(st, file.id, (from, len), preallocation, progress).await?;
     let done = st.submit(file.id, Purpose::SyncData, Op::Sync).await;
     done.map_err(|source| Error::io("making room durable", source))
 }
 
 /// Checks the image at `path`, and repairs what `repair` allows; nothing else is opened. Nobody
-/// else may use it.
+/// else may use it. `progress` is told how far it is, as for [`check::check_told`].
 ///
 /// # Errors
 /// `Unsupported` for a raw image, which has nothing to check; when the file cannot be opened, and
@@ -131,6 +134,7 @@ pub async fn check_image(
     path: &Path,
     options: &OpenOptions,
     repair: Repair,
+    progress: &check::Told<'_>,
 ) -> Result<Report> {
     let name = path.display().to_string();
     if options.format == Some(Format::Raw) {
@@ -141,7 +145,7 @@ pub async fn check_image(
     }
     let mode = OpenMode { read_only: repair == Repair::None, backing: false };
     let file = source.open(path, mode)?;
-    check::check(st, &name, file.id, repair).await
+    check::check_told(st, &name, file.id, repair, progress).await
 }
 
 impl Image {

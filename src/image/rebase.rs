@@ -8,6 +8,7 @@ use crate::image::Image;
 use crate::image::chain::Layer;
 use crate::image::gate::{Format, Gate, OpenOptions};
 use crate::image::status::BlockMap;
+use crate::image::watch::{Outcome, Watch};
 use crate::qcow2::{Qcow2, StatusKind};
 use crate::storage::{Buf, FileSource, Storage};
 
@@ -43,7 +44,8 @@ impl NewBacking {
 
 /// Gives the image at `path` another backing file, and keeps the disk as it is: what the new one
 /// would show differently is copied into the image first, and is durable before its header changes
-/// (R23 in `ORDERING.md`). `progress` is told how many bytes of how many are done.
+/// (R23 in `ORDERING.md`). When `watch` says no before the end, the image has its old backing file
+/// and perhaps more data than before, and the rebase can be done again.
 ///
 /// # Errors
 /// As [`Image::open`] for both chains; `Refused` when the header has no room for the name; I/O
@@ -54,8 +56,8 @@ pub async fn rebase(
     path: &Path,
     options: &OpenOptions,
     new: &NewBacking,
-    mut progress: impl FnMut(u64, u64),
-) -> Result<()> {
+    watch: &mut Watch<'_>,
+) -> Result<Outcome> {
     new.check(path)?;
     let within = |error: Error| error.within(path.display());
     let mut image = Image::open(st, source, path, options).await?;
@@ -71,10 +73,13 @@ pub async fn rebase(
     };
     // What is zeros in the image must say so, even if nothing lies below it now.
     image.top_qcow2().map_err(within)?.set_backed();
-    let copied = Copier { st, image: &image, below: below.as_ref() }.run(&mut progress).await;
-    copied.map_err(within)?;
+    let copied = Copier { st, image: &image, below: below.as_ref() }.run(watch).await;
+    let outcome = copied.map_err(within)?;
     image.close(st).await.map_err(within)?;
-    record(st, &mut image, new).await.map_err(within)
+    if outcome == Outcome::Complete {
+        record(st, &mut image, new).await.map_err(within)?;
+    }
+    Ok(outcome)
 }
 
 /// Records another backing file for the image at `path` without looking at it or at the old one:
@@ -108,8 +113,8 @@ struct Copier<'a> {
 }
 
 impl Copier<'_> {
-    async fn run(&self, progress: &mut impl FnMut(u64, u64)) -> Result<()> {
-        let Layer::Qcow2(top) = self.image.chain.top() else { return Ok(()) };
+    async fn run(&self, watch: &mut Watch<'_>) -> Result<Outcome> {
+        let Layer::Qcow2(top) = self.image.chain.top() else { return Ok(Outcome::Complete) };
         let maps = (
             BlockMap::new(self.st, self.image).await?,
             match self.below {
@@ -118,8 +123,8 @@ impl Copier<'_> {
             },
         );
         let (mut at, size) = (0, self.image.size());
-        progress(0, size);
-        while at < size {
+        let mut goes_on = watch(0, size);
+        while goes_on && at < size {
             let own = top.status(self.st, GuestOffset(at), size - at).await?;
             let mut len = own.len;
             if own.kind == StatusKind::Unallocated {
@@ -135,9 +140,9 @@ impl Copier<'_> {
                 }
             }
             at += len;
-            progress(at, size);
+            goes_on = watch(at, size);
         }
-        Ok(())
+        Ok(if at < size { Outcome::Stopped } else { Outcome::Complete })
     }
 
     /// Compares a range that the image does not hold, and writes what differs into it.

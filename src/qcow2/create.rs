@@ -178,6 +178,21 @@ pub async fn create(
     data: Option<Opened>,
     options: &CreateOptions,
 ) -> Result<()> {
+    create_told(st, file, data, options, &mut |_, _| {}).await
+}
+
+/// As [`create`]; `progress` is told how many bytes of how many are prepared, when those are
+/// written.
+///
+/// # Errors
+/// As [`create`].
+pub async fn create_told(
+    st: &dyn Storage,
+    file: Opened,
+    data: Option<Opened>,
+    options: &CreateOptions,
+    progress: &mut dyn FnMut(u64, u64),
+) -> Result<()> {
     let options = &options.normal();
     let layout = options.layout()?;
     if options.data_file.is_some() != data.is_some() {
@@ -187,11 +202,12 @@ pub async fn create(
     maker.empty(file).await?;
     if let Some(data) = data {
         let size = options.size.next_multiple_of(512);
-        prepare(st, data, size, options.preallocation).await?;
+        prepare(st, data, size, options.preallocation, progress).await?;
     }
     maker.tables().await?;
     let bytes = maker.layout.start(maker.layout.data_clusters);
-    take(st, file.id, maker.layout.start(layout.data), bytes, options.preallocation).await?;
+    let room = (maker.layout.start(layout.data), bytes);
+    take(st, file.id, room, options.preallocation, progress).await?;
     step(st, file.id, Op::Sync).await?;
     let header = header(options, Some(&layout)).unwrap_or_default();
     step(st, file.id, Op::Write { at: HostOffset(0), buf: Buf::copy_of(&header) }).await?;
@@ -199,7 +215,8 @@ pub async fn create(
 }
 
 /// Makes `file` as long as a disk of `size` bytes, of zeros, and takes as much of the host's space
-/// as `preallocation` says; what it held before is lost. Everything is durable then.
+/// as `preallocation` says; what it held before is lost. Everything is durable then. `progress` is
+/// told how many bytes of how many are written.
 ///
 /// # Errors
 /// When a block device is too small, and I/O errors.
@@ -208,6 +225,7 @@ pub async fn prepare(
     file: Opened,
     size: u64,
     preallocation: Preallocation,
+    progress: &mut dyn FnMut(u64, u64),
 ) -> Result<()> {
     if st.limits(file.id).grows {
         if file.length > 0 {
@@ -217,7 +235,7 @@ pub async fn prepare(
     } else {
         refuse_small(file, size)?;
     }
-    take(st, file.id, 0, size, preallocation).await?;
+    take(st, file.id, (0, size), preallocation, progress).await?;
     step(st, file.id, Op::Sync).await
 }
 
@@ -229,13 +247,13 @@ fn refuse_small(file: Opened, need: u64) -> Result<()> {
     Err(Error::refused("creating an image", why))
 }
 
-/// Takes the host's space of a range that reads as zeros.
+/// Takes the host's space of a range that reads as zeros: where it begins, and how long it is.
 pub(crate) async fn take(
     st: &dyn Storage,
     file: FileId,
-    mut at: u64,
-    len: u64,
+    (mut at, len): (u64, u64),
     preallocation: Preallocation,
+    progress: &mut dyn FnMut(u64, u64),
 ) -> Result<()> {
     let end = at.saturating_add(len);
     match preallocation {
@@ -245,6 +263,7 @@ pub(crate) async fn take(
         }
         Preallocation::Full => {
             while at < end {
+                progress(len.saturating_sub(end.saturating_sub(at)), len);
                 let piece = (end - at).min(PIECE);
                 let zeros = Buf::zeroed(usize::try_from(piece).expect("a small piece"));
                 step(st, file, Op::Write { at: HostOffset(at), buf: zeros }).await?;

@@ -160,6 +160,40 @@ impl Layout {
         bytes
     }
 
+    /// Refcount block number `index` of an image whose data clusters are counted `data`, one after
+    /// the other; blocks are asked for in order.
+    pub(super) fn counted_block(
+        &self,
+        index: u64,
+        data: &mut impl Iterator<Item = u64>,
+    ) -> Vec<u8> {
+        let mut bytes = self.empty_cluster();
+        let order = self.refcount_order;
+        let per_block = (self.cluster_size() << 3) >> order;
+        let first = index.saturating_mul(per_block);
+        let left = self.end.saturating_sub(first).min(per_block);
+        for slot in 0..left {
+            let count = if first.saturating_add(slot) < self.data {
+                1
+            } else {
+                data.next().unwrap_or_default()
+            };
+            let bit = slot << order;
+            let place = usize::try_from(bit >> 3).unwrap_or(usize::MAX);
+            if order < 3 {
+                if let Some(byte) = bytes.get_mut(place) {
+                    *byte |= u8::try_from(count << (bit & 7)).unwrap_or(u8::MAX);
+                }
+                continue;
+            }
+            let width = 1_usize << order.saturating_sub(3);
+            let field = bytes.get_mut(place..place.saturating_add(width)).unwrap_or_default();
+            let count = count.to_be_bytes();
+            field.iter_mut().rev().zip(count.iter().rev()).for_each(|(byte, value)| *byte = *value);
+        }
+        bytes
+    }
+
     /// L2 table number `index` of an image with prepared space. Subclusters stay unallocated: the
     /// room is there, and reads as what is below.
     pub(super) fn l2_table(&self, index: u64) -> Vec<u8> {

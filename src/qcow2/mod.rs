@@ -41,6 +41,7 @@ mod mark;
 pub mod measure;
 mod offline;
 pub mod open;
+pub mod packing;
 mod redo;
 mod refcount;
 mod regions;

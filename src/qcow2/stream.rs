@@ -1,5 +1,6 @@
-//! An image that is written from front to back: which clusters it holds is known beforehand, so
-//! that all tables come first and the data follow in the disk's order.
+//! An image that is written from front to back: which clusters it holds, and how long compressed
+//! ones are, is known beforehand, so that all tables come first and the data follow in the disk's
+//! order.
 
 #![deny(clippy::as_conversions, clippy::arithmetic_side_effects, clippy::indexing_slicing)]
 
@@ -9,6 +10,7 @@ use crate::error::{Error, Result};
 use crate::qcow2::create::{CreateOptions, Preallocation, header};
 use crate::qcow2::format::{COPIED, ZERO};
 use crate::qcow2::layout::Layout;
+use crate::qcow2::packing::{Counts, Packed, Place, Placer};
 
 /// What a run of guest clusters is.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -30,6 +32,16 @@ pub struct StreamLayout {
     /// data clusters lie before those of the table.
     tables: Vec<(u64, usize, u64)>,
     data_clusters: u64,
+    /// What becomes of each cluster of data, where those are compressed.
+    packed: Option<Packing>,
+}
+
+/// The clusters of data, in order, and what found zeros are.
+#[derive(Debug)]
+struct Packing {
+    clusters: Vec<Packed>,
+    /// The entry of a cluster of zeros that was found in data.
+    zeros: u64,
 }
 
 impl StreamLayout {
@@ -56,6 +68,57 @@ impl StreamLayout {
         }
     }
 
+    /// The same image with compressed clusters: `clusters` says what becomes of each cluster of the
+    /// runs that are not zeros, in order. Those that are found to be zeros hide a backing file if
+    /// `hides` says so.
+    ///
+    /// # Errors
+    /// `Refused` when there are not as many as there are clusters of data, or the image would be
+    /// too large.
+    pub fn packed(self, clusters: Vec<Packed>, hides: bool) -> Result<Self> {
+        let refuse = |why: &str| Err(Error::refused("streaming an image", why));
+        if u64::try_from(clusters.len()) != Ok(self.data_clusters) {
+            return refuse("the disk has changed while it was copied");
+        }
+        let zeros = if hides { ZERO } else { 0 };
+        match self.pack(Packing { clusters, zeros }) {
+            Some(stream) => Ok(stream),
+            None => refuse("it would be too large"),
+        }
+    }
+
+    fn pack(self, packing: Packing) -> Option<Self> {
+        let (order, cluster) = (self.options.refcount_order, self.layout.cluster_size());
+        let tables = u64::try_from(self.tables.len()).ok()?;
+        // Where they begin changes nothing but where they begin.
+        let mut placer = Placer::new(0, cluster, order);
+        for packed in &packing.clusters {
+            placer.place(*packed)?;
+        }
+        let clusters = placer.end()?.checked_div(cluster)?;
+        let layout = self.layout.with_data(order, tables, clusters)?;
+        // The last one has the largest offset, which its entry must be able to say.
+        Place::compressed_entry(layout.start(layout.end), 1, self.options.cluster_bits)?;
+        Some(Self { layout, packed: Some(packing), ..self })
+    }
+
+    fn placer(&self) -> Placer {
+        let (layout, order) = (&self.layout, self.options.refcount_order);
+        Placer::new(layout.start(layout.data), layout.cluster_size(), order)
+    }
+
+    /// Where the bytes lie of the clusters that have some, in order; those of compressed clusters
+    /// follow each other, others fill clusters of the file. Before each place there may be bytes
+    /// that nobody reads.
+    pub fn places(&self) -> impl Iterator<Item = (Packed, u64)> + '_ {
+        let mut placer = self.placer();
+        let clusters = self.packed.iter().flat_map(|packing| packing.clusters.iter().copied());
+        clusters.map(move |packed| match placer.place(packed) {
+            Some(Place::Plain(at) | Place::Bytes(at, _)) => (packed, at),
+            _ => (Packed::Zeros, 0),
+        })
+    }
+
     fn place(options: &CreateOptions, runs: Vec<StreamRun>) -> Option<Self> {
         let empty = Layout::new(options)?;
         let in_table = empty.entries_in_table();
@@ -76,7 +139,8 @@ impl StreamLayout {
         }
         let table_count = u64::try_from(tables.len()).ok()?;
         let layout = empty.with_data(options.refcount_order, table_count, data_clusters)?;
-        Some(Self { options: options.clone(), layout, runs, tables, data_clusters })
+        let options = options.clone();
+        Some(Self { options, layout, runs, tables, data_clusters, packed: None })
     }
 
     /// Bytes of the whole image.
@@ -89,7 +153,12 @@ impl StreamLayout {
         false
     }
 
-    /// Data clusters behind the tables.
+    /// The first byte behind the tables.
+    pub fn data_start(&self) -> u64 {
+        self.layout.start(self.layout.data)
+    }
+
+    /// Clusters of the disk whose bytes follow the tables.
     pub fn data_clusters(&self) -> u64 {
         self.data_clusters
     }
@@ -100,9 +169,26 @@ impl StreamLayout {
         let mut first = header(&self.options, Some(layout)).unwrap_or_default();
         first.resize(usize::try_from(layout.cluster_size()).unwrap_or_default(), 0);
         let reftable = (0..layout.reftable_clusters).map(|index| layout.reftable_cluster(index));
-        let blocks = (0..layout.block_count).map(|index| layout.block(index));
+        let mut counts = self
+            .packed
+            .as_ref()
+            .map(|packing| Counts::new(self.placer(), packing.clusters.iter().copied()));
+        let blocks = (0..layout.block_count).map(move |index| match &mut counts {
+            Some(counts) => layout.counted_block(index, counts),
+            None => layout.block(index),
+        });
         let l1 = (0..layout.l1_clusters).map(|index| self.l1_cluster(index));
-        let l2 = self.tables.iter().map(|table| self.l2_table(*table));
+        let mut entries = self.packed.as_ref().map(|packing| {
+            let mut placer = self.placer();
+            let placed = packing.clusters.iter().map(move |packed| placer.place(*packed));
+            placed.map(|place| self.packed_entry(place, packing.zeros))
+        });
+        let l2 = self.tables.iter().map(move |table| {
+            self.l2_table(*table, &mut |plain| match &mut entries {
+                Some(entries) => entries.next().unwrap_or((0, true)),
+                None => (plain, false),
+            })
+        });
         std::iter::once(first).chain(reftable).chain(blocks).chain(l1).chain(l2)
     }
 
@@ -131,7 +217,25 @@ impl StreamLayout {
         bytes
     }
 
-    fn l2_table(&self, (entry, first_run, before): (u64, usize, u64)) -> Vec<u8> {
+    /// The entry of a cluster of data that has its place, and whether that has no subclusters.
+    fn packed_entry(&self, place: Option<Place>, zeros: u64) -> (u64, bool) {
+        match place {
+            Some(Place::Plain(at)) => (at | COPIED, false),
+            Some(Place::Bytes(at, len)) => {
+                let entry = Place::compressed_entry(at, len, self.options.cluster_bits);
+                (entry.unwrap_or_default(), true)
+            }
+            _ => (zeros, true),
+        }
+    }
+
+    /// An L2 table; `data` makes the entry of the next cluster of data from what it is without
+    /// compression, and tables are made in order.
+    fn l2_table(
+        &self,
+        (entry, first_run, before): (u64, usize, u64),
+        data_entry: &mut dyn FnMut(u64) -> (u64, bool),
+    ) -> Vec<u8> {
         let mut bytes = self.layout.empty_cluster();
         let in_table = self.layout.entries_in_table();
         let start = entry.saturating_mul(in_table);
@@ -144,22 +248,31 @@ impl StreamLayout {
             let clusters = run.clusters.start.max(start)..run.clusters.end.min(end);
             for cluster in clusters {
                 let slot = cluster.saturating_sub(start);
-                let word = if run.zero { ZERO } else { self.layout.start(data) | COPIED };
-                self.set_entry(&mut bytes, slot, word, run.zero);
+                let (word, bare) = match run.zero {
+                    true => (ZERO, true),
+                    false => data_entry(self.layout.start(data) | COPIED),
+                };
+                self.set_entry(&mut bytes, slot, word, bare);
                 data = data.saturating_add(u64::from(!run.zero));
             }
         }
         bytes
     }
 
-    fn set_entry(&self, bytes: &mut [u8], slot: u64, word: u64, zero: bool) {
+    /// Sets an entry, of which `bare` says that it names no cluster of its own.
+    fn set_entry(&self, bytes: &mut [u8], slot: u64, word: u64, bare: bool) {
         if !self.options.extended_l2 {
             return Self::set(bytes, slot, word);
         }
-        // All subclusters are allocated, or all are zeros, which the bitmap says and no flag.
-        let bitmap = if zero { u64::from(u32::MAX) << 32 } else { u64::from(u32::MAX) };
+        // All subclusters are allocated, or all are zeros, which the bitmap says and no flag. Where
+        // a cluster is compressed, or nowhere, it says nothing.
+        let bitmap = match (bare, word) {
+            (false, _) => u64::from(u32::MAX),
+            (true, ZERO) => u64::from(u32::MAX) << 32,
+            (true, _) => 0,
+        };
         let slot = slot.saturating_mul(2);
-        Self::set(bytes, slot, if zero { 0 } else { word });
+        Self::set(bytes, slot, if word == ZERO { 0 } else { word });
         Self::set(bytes, slot.saturating_add(1), bitmap);
     }
 }

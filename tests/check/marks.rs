@@ -92,6 +92,27 @@ fn a_write_that_finds_a_contradiction_marks_the_image_too() {
 }
 
 #[test]
+fn a_repair_of_leaks_sets_the_flags_that_lower_refcounts_ask_for() {
+    // As a snapshot leaves it that was killed: counted twice, and no longer called private.
+    let mut bytes = small("cluster_size=64k");
+    let entry = first_entry(&bytes);
+    let word_there = word(&bytes, entry);
+    put(&mut bytes, entry, word_there & !(1 << 63));
+    let table = usize::try_from(word(&bytes, 48)).expect("small");
+    let block = usize::try_from(word(&bytes, table)).expect("small");
+    let cluster = usize::try_from((word_there & 0x00ff_ffff_ffff_fe00) >> 16).expect("small");
+    bytes[block + 2 * cluster + 1] = 2;
+    let disk = MemDisk::new();
+    disk.add(IMAGE, bytes);
+    let found = run(&disk, Repair::None);
+    assert_eq!((found.corruptions, found.leaks), (0, 1), "{found:?}");
+    let left = run(&disk, Repair::Leaks);
+    assert!(left.is_clean() && left.leaks_fixed == 1, "{left:?}");
+    assert!(disk.look(IMAGE, oracle).expect("the image").is_clean());
+    assert_eq!(disk.look(IMAGE, |bytes| word(bytes, entry)), Some(word_there));
+}
+
+#[test]
 fn version_2_and_images_below_are_not_marked() {
     let mut bytes = small("cluster_size=64k,compat=0.10");
     let entry = first_entry(&bytes);

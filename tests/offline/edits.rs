@@ -13,7 +13,7 @@ use common::seeds::{Repeat, seeds};
 use common::workers::{open, options, read_all, write_some};
 use vhost_user_qcow2::error::Result;
 use vhost_user_qcow2::image::Format;
-use vhost_user_qcow2::image::amend::{BitmapAction, amend, edit_bitmap};
+use vhost_user_qcow2::image::amend::{BitmapAction, amend, amend_refcounts, edit_bitmap};
 use vhost_user_qcow2::image::commit::{Commit, commit};
 use vhost_user_qcow2::image::rebase::{NewBacking, rebase, rebase_unsafe};
 use vhost_user_qcow2::qcow2::Amend;
@@ -26,44 +26,48 @@ use crate::cuts::copy;
 /// All subsets are tried of at most so many sectors.
 const EXHAUSTIVE: usize = 8;
 /// A file that an image can be rebased onto, and one whose name fills most of a sector.
-const OTHER: &str = "other.raw";
+pub(crate) const OTHER: &str = "other.raw";
 
-fn long_name() -> String {
+pub(crate) fn long_name() -> String {
     format!("{}other.raw", "a".repeat(300))
 }
 
 /// One operation.
 #[derive(Debug, Clone)]
-enum Edit {
+pub(crate) enum Edit {
     Commit(Option<&'static str>),
     Keep,
     Rebase(Option<&'static str>),
     /// Only the name; the file is empty, or holds what was there before.
     Name(Option<String>),
     Amend(Amend),
+    Refcounts(u32),
     Bitmap(&'static str, Vec<BitmapAction>),
 }
 
 impl Edit {
     async fn run(&self, st: &dyn Storage, disk: &MemDisk, tiny: bool) -> Result<()> {
         let (path, options) = (Path::new(IMAGE), options(tiny));
-        let ignore = |_: u64, _: u64| {};
+        let ignore = &mut |_: u64, _: u64| true;
         let raw = |name: Option<String>| NewBacking { name, format: Some(Format::Raw) };
         match self {
             Self::Commit(base) => {
                 let how = Commit { base: base.map(Path::new), keep: false };
-                commit(st, disk, path, &options, how, ignore).await
+                commit(st, disk, path, &options, how, ignore).await.map(drop)
             }
             Self::Keep => {
                 let how = Commit { base: None, keep: true };
-                commit(st, disk, path, &options, how, ignore).await
+                commit(st, disk, path, &options, how, ignore).await.map(drop)
             }
             Self::Rebase(name) => {
                 let new = raw(name.map(str::to_owned));
-                rebase(st, disk, path, &options, &new, ignore).await
+                rebase(st, disk, path, &options, &new, ignore).await.map(drop)
             }
             Self::Name(name) => rebase_unsafe(st, disk, path, &options, &raw(name.clone())).await,
-            Self::Amend(what) => amend(st, disk, path, &options, what, ignore).await,
+            Self::Amend(what) => amend(st, disk, path, &options, what, ignore).await.map(drop),
+            Self::Refcounts(order) => {
+                amend_refcounts(st, disk, path, &options, *order, &|_, _| {}).await
+            }
             Self::Bitmap(name, actions) => {
                 edit_bitmap(st, disk, path, &options, (name, actions), None).await
             }
@@ -71,7 +75,7 @@ impl Edit {
     }
 }
 
-fn run(disk: &MemDisk, what: &Edit) {
+pub(crate) fn run(disk: &MemDisk, what: &Edit) {
     let engine = disk.engine(0, 0);
     let done = block_on(&engine, what.run(&engine, disk, false));
     done.unwrap_or_else(|error| panic!("{what:?}: {error}"));
@@ -116,20 +120,26 @@ fn bitmaps(image: &[u8], extensions: &[Vec<u8>]) -> Vec<(usize, Vec<u8>, Vec<u8>
     found
 }
 
+/// What the header of an image says that operations change.
+pub(crate) fn said(bytes: &[u8]) -> String {
+    let cluster = 1_usize << word(bytes, 20, 4);
+    let mut first = bytes[..cluster.min(bytes.len())].to_vec();
+    first.resize(cluster, 0);
+    let header = parse(IMAGE, &first).expect("a header");
+    let valid = header.autoclear & 1 == 1;
+    let bitmaps = if valid { bitmaps(bytes, &header.bitmaps) } else { Vec::new() };
+    format!(
+        "version {}, refcounts {}, lazy {}, over {:?} ({:?}), bitmaps {bitmaps:?}",
+        header.version,
+        header.geometry.refcount_order,
+        header.compatible,
+        header.backing,
+        header.backing_format
+    )
+}
+
 fn header(disk: &MemDisk) -> String {
-    let said = disk.look(IMAGE, |bytes| {
-        let cluster = 1_usize << word(bytes, 20, 4);
-        let mut first = bytes[..cluster.min(bytes.len())].to_vec();
-        first.resize(cluster, 0);
-        let header = parse(IMAGE, &first).expect("a header");
-        let valid = header.autoclear & 1 == 1;
-        let bitmaps = if valid { bitmaps(bytes, &header.bitmaps) } else { Vec::new() };
-        format!(
-            "version {}, lazy {}, over {:?} ({:?}), bitmaps {bitmaps:?}",
-            header.version, header.compatible, header.backing, header.backing_format
-        )
-    });
-    said.expect("the image")
+    disk.look(IMAGE, said).expect("the image")
 }
 
 fn state(disk: &MemDisk) -> State {
@@ -250,7 +260,7 @@ fn chains() -> [Edit; 4] {
     [Edit::Keep, Edit::Commit(None), Edit::Rebase(Some(OTHER)), Edit::Rebase(None)]
 }
 
-fn headers() -> Vec<Edit> {
+pub(crate) fn headers() -> Vec<Edit> {
     let lazy = |on| Edit::Amend(Amend { lazy_refcounts: Some(on), ..Amend::default() });
     let add = || vec![BitmapAction::Add(Some(512)), BitmapAction::Enable];
     vec![
@@ -319,19 +329,33 @@ fn versions() {
 }
 
 #[test]
+fn widths_of_refcounts() {
+    let all = |orders: &[u32]| orders.iter().copied().map(Edit::Refcounts).collect::<Vec<_>>();
+    let test = "edits::widths_of_refcounts";
+    histories(test, Layout::new(9, 300, Kind::Plain), &all(&[6, 0, 3, 5, 1, 4]));
+    histories(test, Layout::new(12, 200, Kind::Snapshots), &all(&[3, 6, 2]));
+    histories(test, Layout::new(12, 150, Kind::OverRaw(90)), &all(&[2, 5]));
+    histories(test, Layout::new(9, 150, Kind::Plain).lazy(), &all(&[6, 1]));
+}
+
+/// Names that fit into the first sector, and names that do not.
+pub(crate) fn names() -> Vec<Edit> {
+    let name = |name: &str| Edit::Name(Some(name.to_owned()));
+    vec![
+        name(OTHER),
+        name(&long_name()),
+        Edit::Name(None),
+        name(&format!("./././././{}", long_name())),
+        name(OTHER),
+    ]
+}
+
+#[test]
 fn names_of_all_lengths() {
     // Everything is allocated, so that it does not matter what lies below.
     for bits in [10, 12, 16] {
         let layout = Layout::new(bits, 150, Kind::Preallocated("full"));
-        let name = |name: &str| Edit::Name(Some(name.to_owned()));
-        let edits = [
-            name(OTHER),
-            name(&long_name()),
-            Edit::Name(None),
-            name(&format!("./././././{}", long_name())),
-            name(OTHER),
-        ];
-        histories("edits::names_of_all_lengths", layout, &edits);
+        histories("edits::names_of_all_lengths", layout, &names());
     }
 }
 

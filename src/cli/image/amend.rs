@@ -1,17 +1,20 @@
 //! `amend`: what can be changed of an image that is there.
 
+use std::cell::RefCell;
 use std::path::{Path, PathBuf};
 
 use clap::Args;
 
 use crate::cli::image::options::{switch, words};
-use crate::cli::image::steps::Steps;
-use crate::cli::image::{Opening, Tool, print};
+use crate::cli::image::{Opening, Tool, print, stopped};
+use crate::cli::interrupt::Interrupts;
+use crate::cli::progress::{Reporting, Steps};
 use crate::cli::size;
 use crate::error::{Error, Result};
 use crate::image;
-use crate::image::amend::amend;
+use crate::image::amend::{amend, amend_refcounts};
 use crate::image::inspect::inspect;
+use crate::image::watch::Outcome;
 use crate::qcow2::Amend as Change;
 use crate::qcow2::format::AUTOCLEAR_RAW_DATA;
 use crate::qcow2::header::Header;
@@ -24,16 +27,19 @@ Supported options:
   compat=<str>            - version of the format: 0.10 (v2) or 1.1 (v3)
   data_file=<str>         - name of the external data file
   lazy_refcounts=<bool>   - refcounts are written late
+  refcount_bits=<number>  - width of a refcount in bits
   size=<size>             - size of the disk, which may only grow
 All other options of create are chosen when an image is made.
 ";
 
 const EXAMPLES: &str = "\
-Clusters, refcounts, L2 entries and compression stay as they are: convert the image instead.
+Clusters, L2 entries and compression stay as they are: convert the image instead.
+Interrupted or killed at any time, the disk still reads the same; the same command goes on then.
 
 Examples:
   vhost-user-qcow2 amend -o compat=1.1 disk.qcow2
   vhost-user-qcow2 amend -o lazy_refcounts=on disk.qcow2
+  vhost-user-qcow2 amend -o refcount_bits=64 disk.qcow2
   vhost-user-qcow2 amend -o backing_file=base.qcow2,backing_fmt=qcow2 overlay.qcow2
   vhost-user-qcow2 amend -o data_file=moved.raw disk.qcow2";
 
@@ -52,7 +58,7 @@ pub struct Amend {
     options: Vec<String>,
 
     #[command(flatten)]
-    steps: Steps,
+    reporting: Reporting,
 
     /// Print errors only, which is all there is to print
     #[arg(long, short)]
@@ -60,7 +66,7 @@ pub struct Amend {
 }
 
 impl Amend {
-    /// Does it.
+    /// Does it; returns the exit status.
     ///
     /// # Errors
     /// As [`amend`]; `Refused` for what can only be chosen when an image is made.
@@ -74,28 +80,53 @@ impl Amend {
             return Err(Error::refused("amend", "say which image"));
         };
         let header = self.look(path)?;
-        let (mut change, mut size) = (Change::default(), None);
-        for word in &words {
-            let (name, value) = word.split_once('=').unwrap_or((word, "on"));
-            if name == "size" {
-                let bytes = size::parse(value);
-                size = Some(bytes.map_err(|why| Error::refused("option size", why))?);
-            } else if !set(&mut change, name, value)? {
-                stays(&header, name, value)?;
-            }
+        let asked = Asked::parse(&words, &header)?;
+        let interrupts = Interrupts::watch()?;
+        let mut steps = self.reporting.steps("amend", self.quiet);
+        // Version 2 has one width only.
+        if let Some(order) = asked.refcount_order.filter(|_| asked.goes_down) {
+            self.change_refcounts(path, order, &mut steps)?;
         }
-        if change != Change::default() {
-            let (tool, options) = (Tool::new()?, self.opening.options());
-            let (st, source) = (&*tool.engine, &*tool.files);
-            tool.run(amend(st, source, path, &options, &change, self.steps.teller()))?;
+        if asked.change != Change::default()
+            && self.change_header(path, &asked.change, &mut steps, &interrupts)? == Outcome::Stopped
+        {
+            drop(steps);
+            return Ok(stopped(path, &interrupts));
         }
-        if let Some(size) = size {
+        if let Some(order) = asked.refcount_order.filter(|_| !asked.goes_down) {
+            self.change_refcounts(path, order, &mut steps)?;
+        }
+        if let Some(size) = asked.size {
             let (tool, options) = (Tool::new()?, self.opening.options());
             let (st, source) = (&*tool.engine, &*tool.files);
             tool.run(image::resize(st, source, path, &options, (size, false)))?;
         }
-        self.steps.finish();
+        steps.finish();
         Ok(0)
+    }
+
+    fn change_header(
+        &self,
+        path: &Path,
+        change: &Change,
+        steps: &mut Steps,
+        interrupts: &Interrupts,
+    ) -> Result<Outcome> {
+        let (tool, options) = (Tool::new()?, self.opening.options());
+        let (st, source) = (&*tool.engine, &*tool.files);
+        let mut watch = |done, of| {
+            steps.set(done, of);
+            interrupts.status().is_none()
+        };
+        tool.run(amend(st, source, path, &options, change, &mut watch))
+    }
+
+    fn change_refcounts(&self, path: &Path, order: u32, steps: &mut Steps) -> Result<()> {
+        let (tool, options) = (Tool::new()?, self.opening.options());
+        let (st, source) = (&*tool.engine, &*tool.files);
+        let steps = RefCell::new(steps);
+        let progress = |done, of| steps.borrow_mut().set(done, of);
+        tool.run(amend_refcounts(st, source, path, &options, order, &progress))
     }
 
     /// What the image says of itself. Locks end with this.
@@ -109,6 +140,52 @@ impl Amend {
             let why = "a raw image has nothing that could be amended";
             Error::unsupported(path.display().to_string(), why)
         })
+    }
+}
+
+/// What is to be changed.
+#[derive(Debug, Default)]
+struct Asked {
+    change: Change,
+    /// log2 of the width of refcounts in bits.
+    refcount_order: Option<u32>,
+    size: Option<u64>,
+    /// Whether an image of version 3 becomes one of version 2.
+    goes_down: bool,
+}
+
+impl Asked {
+    /// What options ask for of an image with this header.
+    fn parse(words: &[String], header: &Header) -> Result<Self> {
+        let mut asked = Self::default();
+        for word in words {
+            let (name, value) = word.split_once('=').unwrap_or((word, "on"));
+            if name == "size" {
+                let bytes = size::parse(value);
+                asked.size = Some(bytes.map_err(|why| Error::refused("option size", why))?);
+            } else if name == "refcount_bits" {
+                asked.refcount_order = Some(refcount_order(name, value)?);
+            } else if !set(&mut asked.change, name, value)? {
+                stays(header, name, value)?;
+            }
+        }
+        let now = header.geometry.refcount_order;
+        let version = asked.change.version.unwrap_or(header.version);
+        asked.goes_down = version < header.version;
+        if version < 3 && asked.refcount_order.unwrap_or(now) != 4 {
+            let why =
+                "version 2 (compat=0.10) has refcounts of 16 bits; say refcount_bits=16 with it";
+            return refuse("refcount_bits", why);
+        }
+        asked.refcount_order = asked.refcount_order.filter(|order| *order != now);
+        Ok(asked)
+    }
+}
+
+fn refcount_order(name: &str, value: &str) -> Result<u32> {
+    match value.parse::<u32>() {
+        Ok(bits @ 1..=64) if bits.is_power_of_two() => Ok(bits.ilog2()),
+        _ => refuse(name, "refcounts have 1, 2, 4, 8, 16, 32 or 64 bits"),
     }
 }
 
@@ -135,7 +212,6 @@ fn set(change: &mut Change, name: &str, value: &str) -> Result<bool> {
 /// Takes what says what is so already, of what cannot be changed.
 fn stays(header: &Header, name: &str, value: &str) -> Result<()> {
     let same = match name {
-        "refcount_bits" => value.parse() == Ok(1_u32 << header.geometry.refcount_order),
         "data_file_raw" => switch(name, value)? == (header.autoclear & AUTOCLEAR_RAW_DATA != 0),
         "cluster_size" | "extended_l2" | "compression_type" | "preallocation" => false,
         _ => return refuse(name, "there is no such option; -o help lists them"),

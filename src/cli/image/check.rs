@@ -1,11 +1,13 @@
 //! `check`: contradictions and leaks.
 
+use std::cell::RefCell;
 use std::path::PathBuf;
 
 use clap::{Args, ValueEnum};
 use serde_json::{Map, Value, json};
 
 use crate::cli::image::{Opening, Output, Sharing, Tool, print, print_json};
+use crate::cli::progress::Reporting;
 use crate::cli::serve::complaint;
 use crate::error::{Error, Kind, Result};
 use crate::image::offline::check_image;
@@ -22,7 +24,9 @@ const UNSUPPORTED: u8 = 63;
 
 const EXAMPLES: &str = "\
 Exit status: 0 nothing is wrong, 1 the check could not be completed, 2 the image is corrupt,
-3 it has leaks and nothing worse, 63 images of this format cannot be checked.
+3 it has leaks and nothing worse, 63 images of this format cannot be checked. A repair can be
+interrupted or killed at any time, and be done again. What is told of progress are bytes of tables;
+a repair looks at them several times.
 
 Examples:
   vhost-user-qcow2 check disk.qcow2
@@ -59,6 +63,9 @@ pub struct Check {
     #[arg(long, value_enum, default_value_t = Output::Human)]
     output: Output,
 
+    #[command(flatten)]
+    reporting: Reporting,
+
     /// Print errors only
     #[arg(long, short)]
     quiet: bool,
@@ -77,7 +84,11 @@ impl Check {
             Some(RepairMode::All) => Repair::All,
         };
         let options = self.opening.options();
-        let checked = check_image(&*tool.engine, &*tool.files, &self.image, &options, repair);
+        let steps = self.reporting.steps("check", self.quiet);
+        let steps = RefCell::new(steps.streaming(self.output == Output::Json));
+        let progress = |done, of| steps.borrow_mut().set(done, of);
+        let (st, source) = (&*tool.engine, &*tool.files);
+        let checked = check_image(st, source, &self.image, &options, repair, &progress);
         let report = match tool.run(checked) {
             Err(error) if is_other_format(&error) => {
                 eprintln!("{}", complaint(&error));
@@ -85,6 +96,7 @@ impl Check {
             }
             other => other?,
         };
+        steps.into_inner().finish();
         if !self.quiet {
             match self.output {
                 Output::Json => print_json(&self.json(&report))?,

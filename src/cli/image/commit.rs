@@ -4,13 +4,16 @@ use std::path::PathBuf;
 
 use clap::Args;
 
-use crate::cli::image::steps::Steps;
-use crate::cli::image::{Opening, Tool, print};
+use crate::cli::image::{Opening, Tool, print, stopped};
+use crate::cli::interrupt::Interrupts;
+use crate::cli::progress::Reporting;
 use crate::error::Result;
 use crate::image::commit::{self, Commit as How};
+use crate::image::watch::Outcome;
 
 const EXAMPLES: &str = "\
-The backing file grows if it is smaller. Killed at any time, the image still reads the same.
+The backing file grows if it is smaller. Interrupted or killed at any time, the image still reads
+the same; the same command goes on then.
 
 Examples:
   vhost-user-qcow2 commit overlay.qcow2
@@ -37,7 +40,7 @@ pub struct Commit {
     drop: bool,
 
     #[command(flatten)]
-    steps: Steps,
+    reporting: Reporting,
 
     /// Print errors only
     #[arg(long, short)]
@@ -45,7 +48,7 @@ pub struct Commit {
 }
 
 impl Commit {
-    /// Does it.
+    /// Does it; returns the exit status.
     ///
     /// # Errors
     /// As [`commit::commit`].
@@ -60,8 +63,18 @@ impl Commit {
             .map(|base| if base.exists() { base.clone() } else { beside.join(base) });
         let how = How { base: base.as_deref(), keep: self.drop };
         let (st, source) = (&*tool.engine, &*tool.files);
-        tool.run(commit::commit(st, source, &self.image, &options, how, self.steps.teller()))?;
-        self.steps.finish();
+        let interrupts = Interrupts::watch()?;
+        let mut steps = self.reporting.steps("commit", self.quiet);
+        let mut watch = |done, of| {
+            steps.set(done, of);
+            interrupts.status().is_none()
+        };
+        let work = commit::commit(st, source, &self.image, &options, how, &mut watch);
+        if tool.run(work)? == Outcome::Stopped {
+            drop(steps);
+            return Ok(stopped(&self.image, &interrupts));
+        }
+        steps.finish();
         if !self.quiet {
             print("Image committed.\n")?;
         }

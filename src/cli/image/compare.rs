@@ -6,6 +6,7 @@ use clap::Args;
 
 use crate::cli::ImageFormat;
 use crate::cli::image::{Opening, Sharing, Tool, print};
+use crate::cli::progress::Reporting;
 use crate::error::Result;
 use crate::image::compare::{Difference, compare};
 use crate::image::status::BlockMap;
@@ -43,6 +44,9 @@ pub struct Compare {
     #[arg(long, short)]
     strict: bool,
 
+    #[command(flatten)]
+    reporting: Reporting,
+
     /// Print errors only
     #[arg(long, short)]
     quiet: bool,
@@ -71,7 +75,11 @@ impl Compare {
         let second = Image::open(st, source, &self.second, &options).await?;
         let first = BlockMap::new(st, &first).await?;
         let second = BlockMap::new(st, &second).await?;
-        let difference = compare(st, (&first, &second), self.strict).await?;
+        let mut steps = self.reporting.steps("compare", self.quiet);
+        let mut progress = |done, of| steps.set(done, of);
+        let disks = (&first, &second);
+        let difference = compare(st, disks, self.strict, &mut progress).await?;
+        steps.finish();
         let sizes = first.size() != second.size();
         let common = first.size().min(second.size());
         let warning = "Warning: Image size mismatch!\n";

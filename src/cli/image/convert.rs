@@ -13,10 +13,10 @@ use crate::cli::progress::Reporting;
 use crate::cli::{ImageFormat, size};
 use crate::error::{Error, Result};
 use crate::image::convert::{self, Options, Outcome};
-use crate::image::make::{self, NewImage};
+use crate::image::make::NewImage;
 use crate::image::{Format, Image, OpenOptions};
+use crate::qcow2::bitmap::BitmapFacts;
 use crate::qcow2::create::Preallocation;
-use crate::storage::FileSource;
 use crate::storage::appear::{Appearing, Foreseen};
 use crate::storage::files::Options as FileOptions;
 use crate::storage::host::{self, Aio};
@@ -32,7 +32,9 @@ Examples:
   vhost-user-qcow2 convert -c -O qcow2 -o compression_type=zstd disk.qcow2 small.qcow2
   vhost-user-qcow2 convert -O qcow2 -B base.qcow2 -F qcow2 overlay.qcow2 copy.qcow2
   vhost-user-qcow2 convert -l before-upgrade -O qcow2 disk.qcow2 then.qcow2
-  vhost-user-qcow2 convert -O qcow2 disk.qcow2 - | ssh host 'cat > disk.qcow2'";
+  vhost-user-qcow2 convert --bitmaps -O qcow2 disk.qcow2 copy.qcow2
+  vhost-user-qcow2 convert -O qcow2 disk.qcow2 - | ssh host 'cat > disk.qcow2'
+  vhost-user-qcow2 convert -c -O qcow2 disk.qcow2 - > small.qcow2";
 
 /// How the target is written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -50,7 +52,7 @@ pub(super) enum TargetCache {
 #[command(after_help = EXAMPLES)]
 pub struct Convert {
     /// The images to copy, one behind the other, and the target last; `-` is standard output
-    #[arg(required = true, num_args = 2.., value_name = "IMAGE")]
+    #[arg(required = true, value_name = "IMAGE")]
     images: Vec<PathBuf>,
 
     #[command(flatten)]
@@ -105,6 +107,14 @@ pub struct Convert {
     #[arg(value_parser = clap::value_parser!(u16).range(1..=256))]
     parallel: u16,
 
+    /// Copy the source's persistent bitmaps, too
+    #[arg(long)]
+    bitmaps: bool,
+
+    /// Leave bitmaps out that are inconsistent or of a kind that is not known
+    #[arg(long, requires = "bitmaps")]
+    skip_broken_bitmaps: bool,
+
     /// How the target is written
     #[arg(long, short = 't', value_enum, value_name = "CACHE", default_value = "writeback")]
     target_cache: TargetCache,
@@ -134,7 +144,11 @@ impl Convert {
             print(help)?;
             return Ok(0);
         }
-        let (target, sources) = self.images.split_last().expect("there are two or more");
+        // Options may come between them, so that it is not the parser who counts.
+        let [sources @ .., target] = self.images.as_slice() else { return no_target() };
+        if sources.is_empty() {
+            return no_target();
+        }
         let new = self.new_image(target, layout, format)?;
         let streams = target.as_os_str() == "-";
         let in_place = !streams && (self.existing || is_device(target));
@@ -186,6 +200,7 @@ impl Convert {
         if self.compress && options.data_file.is_some() {
             return refuse("an image with an external data file cannot hold compressed clusters");
         }
+        self.check_bitmaps(target, format)?;
         Ok(NewImage {
             format,
             size: layout.size,
@@ -193,6 +208,24 @@ impl Convert {
             replace: true,
             trust_backing: false,
         })
+    }
+
+    /// Whether there can be bitmaps to copy, and a place for them.
+    fn check_bitmaps(&self, target: &Path, format: Format) -> Result<()> {
+        let why = if !self.bitmaps {
+            return Ok(());
+        } else if format == Format::Raw {
+            "a raw image has no bitmaps; copy them to a qcow2 image (-O qcow2)"
+        } else if target.as_os_str() == "-" {
+            "a stream has no bitmaps; write to a file"
+        } else if self.images.len() > 2 {
+            "bitmaps are copied from one image, not from several"
+        } else if self.snapshot.is_some() {
+            "bitmaps tell of the disk as it is now, not of a snapshot"
+        } else {
+            return Ok(());
+        };
+        Err(Error::refused(target.display().to_string(), why))
     }
 
     async fn open_sources(&self, tool: &Tool, sources: &[PathBuf]) -> Result<Vec<Image>> {
@@ -259,28 +292,11 @@ impl Copy<'_> {
             allow_paths: self.arguments.opening.allow_path.clone(),
             ..OpenOptions::default()
         };
-        self.make(target, new, &opening, Some(file))?;
         let tool = self.tool;
+        target::make(tool, target, new, &opening, Some(file))?;
         let source = Foreseen { source: &*tool.files, path: target, file };
-        let image = tool.run(Image::open(&*tool.engine, &source, target, &opening))?;
-        self.copy(sources, &image, new, true)
-    }
-
-    /// Makes an empty target. Its files are closed again, so that they can be opened as an image.
-    fn make(
-        &self,
-        target: &Path,
-        new: &NewImage,
-        opening: &OpenOptions,
-        file: Option<&Appearing>,
-    ) -> Result<()> {
-        let tool = Tool::with(self.tool.files.options())?;
-        let foreseen = file.map(|file| Foreseen { source: &*tool.files, path: target, file });
-        let source: &dyn FileSource = match &foreseen {
-            Some(foreseen) => foreseen,
-            None => &*tool.files,
-        };
-        tool.run(make::make(&*tool.engine, source, target, new, opening)).map(drop)
+        let mut image = tool.run(Image::open(&*tool.engine, &source, target, &opening))?;
+        self.copy(sources, &mut image, new, true)
     }
 
     /// Copies to standard output, from front to back.
@@ -310,24 +326,62 @@ impl Copy<'_> {
         let _lock = if self.arguments.sharing.is_forced() { lock_old(target)? } else { None };
         let mut zero = self.arguments.target_is_zero;
         if !self.arguments.existing {
-            self.make(target, new, &opening, None)?;
+            target::make(tool, target, new, &opening, None)?;
             // A block device holds anything, but nothing of it is shown before it is allocated.
             let layout = &new.layout;
             zero = new.format == Format::Qcow2
                 && layout.preallocation == Preallocation::Off
                 && layout.data_file.is_none();
         }
-        let image = tool.run(Image::open(&*tool.engine, &*tool.files, target, &opening))?;
-        self.copy(sources, &image, new, zero)
+        let mut image = tool.run(Image::open(&*tool.engine, &*tool.files, target, &opening))?;
+        self.copy(sources, &mut image, new, zero)
     }
 
-    fn copy(&self, sources: &[Image], target: &Image, new: &NewImage, zero: bool) -> Result<u8> {
+    fn copy(
+        &self,
+        sources: &[Image],
+        target: &mut Image,
+        new: &NewImage,
+        zero: bool,
+    ) -> Result<u8> {
         let files = &self.tool.files;
         let options = self.arguments.options(new, zero);
-        self.watched(sources, false, |watch| {
+        let bitmaps = self.bitmaps(sources, target)?;
+        let status = self.watched(sources, false, |watch| {
             let make = |lane| host::engine(Aio::Auto, files, lane);
             convert::convert(sources, target, &options, &*self.tool.engine, &make, watch)
+        })?;
+        if status != 0 || bitmaps.is_empty() {
+            return Ok(status);
+        }
+        let mut goes_on = || self.interrupts.status().is_none();
+        let st = &*self.tool.engine;
+        let copied = convert::copy_bitmaps(st, &sources[0], &bitmaps, target, &mut goes_on);
+        Ok(match self.tool.run(copied)? {
+            Outcome::Complete => 0,
+            Outcome::Stopped => self.interrupts.status().unwrap_or(1),
         })
+    }
+
+    /// The bitmaps that the target gets when everything else is there.
+    fn bitmaps(&self, sources: &[Image], target: &Image) -> Result<Vec<BitmapFacts>> {
+        let [source] = sources else { return Ok(Vec::new()) };
+        if !self.arguments.bitmaps {
+            return Ok(Vec::new());
+        }
+        let st = &*self.tool.engine;
+        let found = self.tool.run(convert::source_bitmaps(st, source))?;
+        let path = self.arguments.images[0].display();
+        for (name, why) in found.broken {
+            let what = format!("the bitmap {name:?} cannot be copied: {why}");
+            if !self.arguments.skip_broken_bitmaps {
+                let help = "leave it out with --skip-broken-bitmaps, or remove it";
+                return Err(Error::refused(path.to_string(), format!("{what}; {help}")));
+            }
+            eprintln!("vhost-user-qcow2: {path}: {what}, and is left out");
+        }
+        self.tool.run(convert::check_bitmaps(st, source, &found.usable, target))?;
+        Ok(found.usable)
     }
 
     /// Runs a copy, telling how far it is; returns the exit status.
@@ -352,6 +406,10 @@ impl Copy<'_> {
             Outcome::Stopped => Ok(self.interrupts.status().unwrap_or(1)),
         }
     }
+}
+
+fn no_target() -> Result<u8> {
+    Err(Error::refused("convert", "say what is copied and where to: two images or more"))
 }
 
 /// What qemu-img takes too: `snapshot.id=ID` and `snapshot.name=NAME`.

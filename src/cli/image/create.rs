@@ -6,6 +6,7 @@ use clap::Args;
 
 use crate::cli::image::options::Layout;
 use crate::cli::image::{Tool, print, target};
+use crate::cli::progress::{Reporting, Steps};
 use crate::cli::{ImageFormat, size};
 use crate::error::{Error, Result};
 use crate::image::make::{self, NewImage};
@@ -62,6 +63,9 @@ pub struct Create {
     #[arg(long)]
     read_only: bool,
 
+    #[command(flatten)]
+    reporting: Reporting,
+
     /// Print errors only
     #[arg(long, short)]
     quiet: bool,
@@ -88,12 +92,16 @@ impl Create {
         };
         let tool = Tool::new()?;
         let begun = target::begun(&self.image, &new);
+        let mut steps = self.reporting.steps("create", self.quiet);
         let made = if target::is_device(&self.image) {
-            tool.run(make::make(&*tool.engine, &*tool.files, &self.image, &new, &options))
+            let mut progress = |done, of| steps.set(done, of);
+            let (st, source) = (&*tool.engine, &*tool.files);
+            tool.run(make::make_told(st, source, &self.image, &new, &options, &mut progress))
         } else {
-            self.make_appear(&tool, &new, &options)
+            self.make_appear(&tool, &new, &options, &mut steps)
         };
         let made = made.inspect_err(|_| target::discard(begun.as_deref()))?;
+        steps.finish();
         if !self.quiet {
             print(&describe(&self.image, format, &made))?;
         }
@@ -106,11 +114,15 @@ impl Create {
         tool: &Tool,
         new: &NewImage,
         options: &OpenOptions,
+        steps: &mut Steps,
     ) -> Result<CreateOptions> {
         let _lock = target::lock_old(&self.image)?;
         let file = Appearing::new(&self.image)?;
         let source = Foreseen { source: &*tool.files, path: &self.image, file: &file };
-        let made = tool.run(make::make(&*tool.engine, &source, &self.image, new, options))?;
+        let mut progress = |done, of| steps.set(done, of);
+        let work =
+            make::make_told(&*tool.engine, &source, &self.image, new, options, &mut progress);
+        let made = tool.run(work)?;
         file.publish(true)?;
         Ok(made)
     }

@@ -1,20 +1,30 @@
 //! `dd`: a part of a disk becomes a new image.
 
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use clap::Args;
 
+use crate::cli::image::target::{self, is_device, lock_old};
 use crate::cli::image::{Opening, Sharing, Tool};
+use crate::cli::interrupt::Interrupts;
+use crate::cli::progress::Reporting;
 use crate::cli::{ImageFormat, size};
 use crate::error::{Error, Result};
 use crate::image::dd::{Part, copy_part};
-use crate::image::make::{self, NewImage};
+use crate::image::make::NewImage;
+use crate::image::watch::Outcome;
 use crate::image::{Format, Image, OpenOptions};
 use crate::qcow2::create::CreateOptions;
+use crate::storage::FileSource;
+use crate::storage::appear::{Appearing, Foreseen};
+use crate::storage::files::Options as FileOptions;
 
 const EXAMPLES: &str = "\
 The operands are if=FILE, of=FILE, bs=SIZE (512 unless said), count=N and skip=N, in blocks. As with
-qemu-img, count says where the part ends, so that skipped blocks count, and of= is replaced.
+qemu-img, count says where the part ends, so that skipped blocks count, and of= is replaced: when
+the copy is complete and durable. Until then, and when it fails or is interrupted, what was there
+stays. On a block device bytes are written in place.
 
 Examples:
   vhost-user-qcow2 dd if=disk.qcow2 of=disk.raw bs=1M
@@ -37,6 +47,9 @@ pub struct Dd {
     /// The new image's format
     #[arg(long, short = 'O', value_enum, default_value = "raw")]
     output_format: ImageFormat,
+
+    #[command(flatten)]
+    reporting: Reporting,
 }
 
 /// What the operands say.
@@ -48,40 +61,62 @@ struct Operands {
 }
 
 impl Dd {
-    /// Does it.
+    /// Does it; returns the exit status.
     ///
     /// # Errors
     /// When an operand is wrong or missing, an image cannot be read, or the new one cannot be
-    /// written. A file that was begun is removed.
+    /// written. What was there before stays then.
     pub(in crate::cli) fn run(&self) -> Result<u8> {
         let Operands { from, to, part } = parse(&self.operands)?;
-        let reading = self.opening.looking();
         if self.opening.options().read_only {
             return Err(Error::refused(to.display().to_string(), "nothing is made read-only"));
         }
-        let source = Tool::looking(self.sharing)?;
-        let disk = source.run(Image::open(&*source.engine, &*source.files, &from, &reading))?;
-        let size = disk.size();
-        drop((disk, source));
-        if part.skips_all(size) {
+        let in_place = is_device(&to);
+        let tool = Tool::with(FileOptions {
+            // A file that nobody can see yet is made durable once, when it is complete.
+            sync: in_place,
+            lock: !self.sharing.is_forced(),
+            ..FileOptions::default()
+        })?;
+        let interrupts = Interrupts::watch()?;
+        // Opened before the target is touched: the two may be one file, which is refused then.
+        let reading = self.opening.looking();
+        let disk = tool.run(Image::open(&*tool.engine, &*tool.files, &from, &reading))?;
+        if part.skips_all(disk.size()) {
             eprintln!(
                 "vhost-user-qcow2: {}: there is nothing behind what is skipped",
                 from.display()
             );
         }
-        let is_new = to.symlink_metadata().is_err();
-        let made = self.make(&from, &to, part.range(size)).inspect_err(|_| {
-            // The error that matters is the first one.
-            is_new.then(|| std::fs::remove_file(&to));
-        });
-        made.map(|()| 0)
+        let copy =
+            Copy { arguments: self, tool: &tool, disk: &disk, range: part.range(disk.size()) };
+        if in_place {
+            return copy.run(&to, None, &interrupts);
+        }
+        let _lock = lock_old(&to)?;
+        let file = Appearing::new(&to)?;
+        let status = copy.run(&to, Some(&file), &interrupts)?;
+        if status == 0 {
+            file.publish(true)?;
+        }
+        Ok(status)
     }
+}
 
-    /// Makes the new image and copies into it.
-    fn make(&self, from: &Path, to: &Path, range: std::ops::Range<u64>) -> Result<()> {
+/// One copy.
+struct Copy<'a> {
+    arguments: &'a Dd,
+    tool: &'a Tool,
+    disk: &'a Image,
+    range: Range<u64>,
+}
+
+impl Copy<'_> {
+    /// Makes the new image, in place or in a file that is still to appear, and copies into it.
+    fn run(&self, to: &Path, file: Option<&Appearing>, interrupts: &Interrupts) -> Result<u8> {
         // A disk is whole sectors; what is added are zeros.
-        let size = (range.end - range.start).next_multiple_of(512);
-        let format = Format::from(self.output_format);
+        let size = (self.range.end - self.range.start).next_multiple_of(512);
+        let format = Format::from(self.arguments.output_format);
         let new = NewImage {
             format,
             size: Some(size),
@@ -90,17 +125,28 @@ impl Dd {
             trust_backing: false,
         };
         let writing = OpenOptions { format: Some(format), ..OpenOptions::default() };
-        // Opened before the target is touched: the two may be one file, which is refused then.
-        let tool = Tool::looking(self.sharing)?;
-        let (st, source) = (&*tool.engine, &*tool.files);
-        let disk = tool.run(Image::open(st, source, from, &self.opening.looking()))?;
-        let maker = Tool::new()?;
-        maker.run(make::make(&*maker.engine, &*maker.files, to, &new, &writing))?;
-        // Its locks end with it.
-        drop(maker);
+        let tool = self.tool;
+        target::make(tool, to, &new, &writing, file)?;
+        let foreseen = file.map(|file| Foreseen { source: &*tool.files, path: to, file });
+        let source: &dyn FileSource = match &foreseen {
+            Some(foreseen) => foreseen,
+            None => &*tool.files,
+        };
+        let st = &*tool.engine;
         let target = tool.run(Image::open(st, source, to, &writing))?;
-        let copied = copy_part(st, &disk, range, &target, |_, _| {});
-        tool.run(copied).map_err(|error| error.within(to.display()))
+        let mut steps = self.arguments.reporting.steps("dd", false);
+        let mut watch = |done, of| {
+            steps.set(done, of);
+            interrupts.status().is_none()
+        };
+        let copied = copy_part(st, self.disk, self.range.clone(), &target, &mut watch);
+        match tool.run(copied).map_err(|error| error.within(to.display()))? {
+            Outcome::Complete => {
+                steps.finish();
+                Ok(0)
+            }
+            Outcome::Stopped => Ok(interrupts.status().unwrap_or(1)),
+        }
     }
 }
 

@@ -17,16 +17,16 @@ mod options;
 pub(super) mod rebase;
 pub(super) mod resize;
 pub(super) mod snapshot;
-mod steps;
 mod target;
 
 use std::io::{ErrorKind, Write};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::{Args, ValueEnum};
 
 use crate::cli::ImageFormat;
+use crate::cli::interrupt::Interrupts;
 use crate::cli::serve::complaint;
 use crate::error::{Error, Result};
 use crate::image::{Format, OpenOptions};
@@ -131,6 +131,15 @@ impl Tool {
     fn run<F: Future>(&self, future: F) -> F::Output {
         block_on(&*self.engine, future)
     }
+}
+
+/// Says that a change of an image was interrupted, and what that means; returns the exit status.
+fn stopped(image: &Path, interrupts: &Interrupts) -> u8 {
+    eprintln!(
+        "vhost-user-qcow2: {}: interrupted; the disk reads as before, and the same command goes on",
+        image.display()
+    );
+    interrupts.status().unwrap_or(1)
 }
 
 /// Writes to standard output. Nobody has to read it all.

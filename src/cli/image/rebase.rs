@@ -5,15 +5,18 @@ use std::path::PathBuf;
 use clap::Args;
 
 use crate::cli::ImageFormat;
-use crate::cli::image::steps::Steps;
-use crate::cli::image::{Opening, Tool};
+use crate::cli::image::{Opening, Tool, stopped};
+use crate::cli::interrupt::Interrupts;
+use crate::cli::progress::Reporting;
 use crate::error::{Error, Result};
 use crate::image::rebase::{self, NewBacking};
+use crate::image::watch::Outcome;
 use crate::image::{Format, OpenOptions};
 
 const EXAMPLES: &str = "\
 The disk stays as it is: what the new backing file would show differently is copied into the image.
-With -u only the name is changed, and the disk is what the new backing file makes it.
+With -u only the name is changed, and the disk is what the new backing file makes it. Interrupted or
+killed at any time, the disk still reads the same; the same command goes on then.
 
 Examples:
   vhost-user-qcow2 rebase -b newer.qcow2 -F qcow2 overlay.qcow2
@@ -47,7 +50,7 @@ pub struct Rebase {
     compress: bool,
 
     #[command(flatten)]
-    steps: Steps,
+    reporting: Reporting,
 
     /// Print errors only, which is all there is to print
     #[arg(long, short)]
@@ -55,7 +58,7 @@ pub struct Rebase {
 }
 
 impl Rebase {
-    /// Does it.
+    /// Does it; returns the exit status.
     ///
     /// # Errors
     /// As [`rebase::rebase`].
@@ -75,8 +78,18 @@ impl Rebase {
         if self.trust {
             tool.run(rebase::rebase_unsafe(st, source, path, &options, &new))?;
         } else {
-            tool.run(rebase::rebase(st, source, path, &options, &new, self.steps.teller()))?;
-            self.steps.finish();
+            let interrupts = Interrupts::watch()?;
+            let mut steps = self.reporting.steps("rebase", self.quiet);
+            let mut watch = |done, of| {
+                steps.set(done, of);
+                interrupts.status().is_none()
+            };
+            let work = rebase::rebase(st, source, path, &options, &new, &mut watch);
+            if tool.run(work)? == Outcome::Stopped {
+                drop(steps);
+                return Ok(stopped(path, &interrupts));
+            }
+            steps.finish();
         }
         Ok(0)
     }

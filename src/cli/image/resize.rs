@@ -6,6 +6,7 @@ use clap::Args;
 
 use crate::cli::image::options::preallocation;
 use crate::cli::image::{Opening, Tool, print};
+use crate::cli::progress::Reporting;
 use crate::cli::size;
 use crate::error::{Error, Result};
 use crate::image;
@@ -42,6 +43,9 @@ pub struct Resize {
     #[arg(long, value_name = "MODE", default_value = "off")]
     #[arg(value_parser = mode)]
     preallocation: Preallocation,
+
+    #[command(flatten)]
+    reporting: Reporting,
 
     /// Print errors only
     #[arg(long, short)]
@@ -100,9 +104,11 @@ impl Resize {
         drop(tool);
         if size > old && self.preallocation != Preallocation::Off {
             let tool = Tool::new()?;
-            let taken =
-                take_tail(&*tool.engine, &*tool.files, &self.image, old, self.preallocation);
-            tool.run(taken)?;
+            let (st, source, mode) = (&*tool.engine, &*tool.files, self.preallocation);
+            let mut steps = self.reporting.steps("resize", self.quiet);
+            let mut progress = |done, of| steps.set(done, of);
+            tool.run(take_tail(st, source, &self.image, old, mode, &mut progress))?;
+            steps.finish();
         }
         if !self.quiet {
             print("Image resized.\n")?;

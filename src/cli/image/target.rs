@@ -3,8 +3,11 @@
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 
+use crate::cli::image::Tool;
 use crate::error::Result;
+use crate::image::OpenOptions;
 use crate::image::make::{self, NewImage};
+use crate::storage::appear::{Appearing, Foreseen};
 use crate::storage::files::{Files, Options};
 use crate::storage::{FileSource, OpenMode};
 use crate::sync::Arc;
@@ -26,6 +29,27 @@ pub(super) fn lock_old(target: &Path) -> Result<Option<Arc<Files>>> {
     let files = Files::new(Options::default());
     files.open(target, OpenMode { read_only: false, backing: false })?;
     Ok(Some(files))
+}
+
+/// Makes an empty image at `path`, or in the `file` that will be there. Its files are closed again,
+/// so that they can be opened as an image.
+///
+/// # Errors
+/// As [`make::make`].
+pub(super) fn make(
+    tool: &Tool,
+    path: &Path,
+    new: &NewImage,
+    options: &OpenOptions,
+    file: Option<&Appearing>,
+) -> Result<()> {
+    let maker = Tool::with(tool.files.options())?;
+    let foreseen = file.map(|file| Foreseen { source: &*maker.files, path, file });
+    let source: &dyn FileSource = match &foreseen {
+        Some(foreseen) => foreseen,
+        None => &*maker.files,
+    };
+    maker.run(make::make(&*maker.engine, source, path, new, options)).map(drop)
 }
 
 /// The data file of a new image at `target`, if it has one that is not there yet.

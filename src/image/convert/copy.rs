@@ -10,7 +10,6 @@ use crate::image::chain::Layer;
 use crate::image::convert::Options;
 use crate::image::convert::scan::{Job, Work};
 use crate::image::convert::source::Disks;
-use crate::image::convert::stream::Sink;
 use crate::image::convert::turn::Turns;
 use crate::qcow2::header::Compression;
 use crate::storage::{Buf, Storage};
@@ -29,10 +28,40 @@ pub(super) enum Zeros {
     Written,
 }
 
+/// What is written of a part of the disk to a stream.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Content<'a> {
+    /// Zeros, where those are looked for.
+    Zeros,
+    /// The bytes of the disk.
+    Plain(&'a Buf),
+    /// What a cluster is compressed.
+    Packed(&'a [u8]),
+}
+
+/// What takes parts of the disk in order.
+pub(super) trait Drain: Sync {
+    /// Takes the part that begins at `at`.
+    ///
+    /// # Errors
+    /// When it cannot be written.
+    fn take(&self, at: u64, content: Content<'_>) -> Result<()>;
+}
+
+/// How a stream is compressed.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Packing {
+    pub(super) kind: Compression,
+    /// Bytes of a cluster.
+    pub(super) cluster: u64,
+    /// Whether clusters of zeros are looked for.
+    pub(super) finds_zeros: bool,
+}
+
 /// Where bytes go.
 enum Target<'a> {
     Image(&'a Image),
-    Stream(&'a Sink),
+    Stream(&'a dyn Drain),
 }
 
 /// Copies from disks to a target.
@@ -98,16 +127,24 @@ impl<'a> Copier<'a> {
         Ok(Self { disks, target, zeros, grain, compress, cluster, turns, chunk })
     }
 
-    /// Copies into a stream, in order, everything that jobs tell of.
-    pub(super) fn streaming(disks: Disks<'a>, sink: &'a Sink, chunk: u64) -> Self {
-        let chunk = usize::try_from(chunk).expect("chunks fit into memory");
+    /// Copies into a stream, in order, everything that jobs tell of; what is compressed goes
+    /// cluster by cluster.
+    pub(super) fn streaming(
+        disks: Disks<'a>,
+        drain: &'a dyn Drain,
+        chunk: u64,
+        packing: Option<Packing>,
+    ) -> Self {
+        let size = |bytes: u64| usize::try_from(bytes).expect("chunks fit into memory");
+        let finds_zeros = packing.is_some_and(|packing| packing.finds_zeros);
+        let chunk = size(chunk);
         Self {
             disks,
-            target: Target::Stream(sink),
-            zeros: Zeros::Written,
+            target: Target::Stream(drain),
+            zeros: if finds_zeros { Zeros::Skipped } else { Zeros::Written },
             grain: chunk,
-            compress: None,
-            cluster: chunk,
+            compress: packing.map(|packing| packing.kind),
+            cluster: packing.map_or(chunk, |packing| size(packing.cluster)),
             turns: Some(Turns::default()),
             chunk,
         }
@@ -168,9 +205,14 @@ impl<'a> Copier<'a> {
         if done.is_ok() && !stop() {
             done = match self.target {
                 Target::Image(image) => self.write(st, image, (start, &buf, &parts), job).await,
-                Target::Stream(sink) => parts.iter().try_for_each(|part| {
+                Target::Stream(drain) => parts.iter().try_for_each(|part| {
                     let bytes = buf.slice(part.range.start, part.range.len());
-                    sink.write(start + part.range.start as u64, &bytes)
+                    let content = match &part.bytes {
+                        _ if part.zero => Content::Zeros,
+                        Some(packed) => Content::Packed(packed),
+                        None => Content::Plain(&bytes),
+                    };
+                    drain.take(start + part.range.start as u64, content)
                 }),
             };
         }

@@ -5,9 +5,11 @@
 //! threads, each with an engine of its own, take chunk after chunk ([`work`]), read it, look for
 //! zeros in it, compress it if need be, and write it ([`copy`]). A chunk is small enough to stay in
 //! a processor's cache between its read and its write. A [`stream`](fn@stream) is written from
-//! front to back, to a pipe.
+//! front to back, to a pipe; [`packed`] is how that is compressed.
 
+mod bitmaps;
 mod copy;
+mod packed;
 mod scan;
 mod source;
 mod stream;
@@ -26,7 +28,9 @@ use crate::image::convert::source::{Disks, Map, Scope};
 use crate::image::convert::work::Board;
 use crate::storage::{Engine, Storage, block_on};
 
-pub use stream::stream;
+pub use crate::image::watch::Outcome;
+pub use bitmaps::{SourceBitmaps, check_bitmaps, copy_bitmaps, source_bitmaps};
+pub use stream::{Output, stream};
 
 /// Bytes that are read at once.
 const CHUNK: u64 = 1 << 20;
@@ -63,15 +67,6 @@ impl Default for Options {
             keep_backing: false,
         }
     }
-}
-
-/// Whether everything was copied.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Outcome {
-    /// It was.
-    Complete,
-    /// The caller wanted to stop before.
-    Stopped,
 }
 
 /// Makes the engine of the worker of that lane, on the worker's own thread; lane 0 is the caller's.

@@ -1,47 +1,52 @@
 //! Disks written from front to back, to a pipe: raw, or as a qcow2 image whose tables come first.
 
-use std::cell::Cell;
 use std::io::Write;
 
 use crate::error::{Error, Result};
 use crate::image::Image;
-use crate::image::convert::copy::Copier;
-use crate::image::convert::scan::{Cut, Job, Piece, Scanner, Work};
+use crate::image::convert::copy::{Content, Copier, Drain};
+use crate::image::convert::scan::{Cut, Job, Piece, Scanner, Work as Kind};
 use crate::image::convert::source::{Disks, Map, Scope};
 use crate::image::convert::work::Board;
 use crate::image::convert::{CHUNK, MakeEngine, Options, Outcome};
 use crate::qcow2::create::CreateOptions;
 use crate::qcow2::stream::{StreamLayout, StreamRun};
-use crate::storage::{Buf, Engine, block_on};
+use crate::storage::{Engine, block_on};
 use crate::sync::{Mutex, lock};
 
 /// Zeros are written in pieces of at most this many bytes.
 const ZEROS: usize = 64 << 10;
 
-/// Where a stream goes.
-pub(super) struct Sink {
+/// What takes the bytes of a stream.
+pub type Output = Box<dyn Write + Send>;
+
+/// Where a stream goes that is not compressed.
+struct Sink {
     state: Mutex<State>,
     /// Whether bytes that no job has are zeros of the stream; else they are left out.
     gaps: bool,
 }
 
 struct State {
-    output: Box<dyn Write + Send>,
+    output: Output,
     /// The disk's next byte.
     at: u64,
 }
 
-impl Sink {
-    pub(super) fn new(output: Box<dyn Write + Send>, gaps: bool) -> Self {
-        Self { state: Mutex::new(State { output, at: 0 }), gaps }
-    }
-
-    /// Writes the disk's bytes from `at` on, which is not before those that were written last.
-    pub(super) fn write(&self, at: u64, buf: &Buf) -> Result<()> {
+impl Drain for Sink {
+    /// What comes is not before what came last.
+    fn take(&self, at: u64, content: Content<'_>) -> Result<()> {
+        let Content::Plain(buf) = content else { return Err(changed()) };
         let state = &mut *lock(&self.state);
         self.fill(state, at)?;
         state.at = at + buf.len() as u64;
         state.output.write_all(&buf.to_vec()).map_err(failed)
+    }
+}
+
+impl Sink {
+    fn new(output: Output, gaps: bool) -> Self {
+        Self { state: Mutex::new(State { output, at: 0 }), gaps }
     }
 
     /// Writes zeros up to the disk's byte `end`, and then everything that is still on its way.
@@ -52,28 +57,44 @@ impl Sink {
     }
 
     fn fill(&self, state: &mut State, end: u64) -> Result<()> {
-        while self.gaps && state.at < end {
-            let len = usize::try_from(end - state.at).map_or(ZEROS, |left| left.min(ZEROS));
-            state.output.write_all(&[0; ZEROS][..len]).map_err(failed)?;
-            state.at += len as u64;
+        if self.gaps && state.at < end {
+            zeros(&mut *state.output, end - state.at)?;
+            state.at = end;
         }
         Ok(())
     }
 }
 
-fn failed(error: std::io::Error) -> Error {
+/// Writes so many zeros.
+pub(super) fn zeros(output: &mut dyn Write, mut len: u64) -> Result<()> {
+    while len > 0 {
+        let piece = usize::try_from(len).map_or(ZEROS, |left| left.min(ZEROS));
+        output.write_all(&[0; ZEROS][..piece]).map_err(failed)?;
+        len -= piece as u64;
+    }
+    Ok(())
+}
+
+pub(super) fn failed(error: std::io::Error) -> Error {
     Error::io("writing the stream", error)
 }
 
+/// What was read is not what was read before.
+pub(super) fn changed() -> Error {
+    Error::refused("streaming an image", "the disk has changed while it was copied")
+}
+
 /// Writes `sources`, one behind the other, to `output` from front to back: raw, or as a qcow2 image
-/// laid out as `layout` says but for the size. `options` say nothing of compression here. Otherwise
-/// as [`convert`](super::convert).
+/// laid out as `layout` says but for the size. What is compressed is compressed twice: how long it
+/// becomes has to be known before the tables, which come first. Otherwise as
+/// [`convert`](super::convert).
 ///
 /// # Errors
-/// As [`convert`](super::convert), and when nobody reads `output` any more.
+/// As [`convert`](super::convert), and when nobody reads `output` any more; `Refused` when a disk
+/// that is compressed changes meanwhile.
 pub fn stream(
     sources: &[Image],
-    output: Box<dyn Write + Send>,
+    output: Output,
     layout: Option<&CreateOptions>,
     options: &Options,
     engine: &dyn Engine,
@@ -81,11 +102,6 @@ pub fn stream(
     watch: &mut dyn FnMut(u64) -> bool,
 ) -> Result<Outcome> {
     let size = super::size(sources)?;
-    if options.compress {
-        let why = "how long compressed clusters are is not known before they are written, so that \
-                   they cannot be streamed; write to a file";
-        return Err(Error::refused("streaming an image", why));
-    }
     let scope = match options {
         Options { keep_backing: true, .. } => Scope::Top,
         Options { sparse: 0, .. } => Scope::All,
@@ -96,12 +112,11 @@ pub fn stream(
     let cut = Cut { chunk: CHUNK.max(unit), unit, zeros: options.keep_backing };
     let map = block_on(engine, Map::new(engine, Disks(sources), scope))?;
     let mut scanner = Scanner::new(map, cut);
-    let sink = Sink::new(output, layout.is_none());
-    let copier = Copier::streaming(Disks(sources), &sink, cut.chunk);
-    let board = Board::new(options);
     let Some(layout) = layout else {
+        let sink = Sink::new(output, true);
+        let copier = Copier::streaming(Disks(sources), &sink, cut.chunk, None);
         let mut next = || block_on(engine, scanner.next(engine));
-        let outcome = board.run(&copier, make, &mut next, watch)?;
+        let outcome = Board::new(options).run(&copier, make, &mut next, watch)?;
         if outcome == Outcome::Complete {
             sink.finish(size)?;
         }
@@ -110,29 +125,94 @@ pub fn stream(
     let runs = block_on(engine, runs(engine, &mut scanner, (unit, size)))?;
     let layout = CreateOptions { size, ..layout.clone() };
     let tables = StreamLayout::new(&layout, runs.clone())?;
-    for bytes in tables.tables() {
-        if !watch(0) {
+    let work = Work { sources, runs, units: (unit, size), chunk: cut.chunk, options, make };
+    // Where no two clusters can share one, there is no use in compressing them.
+    if options.compress && layout.refcount_order > 0 {
+        return work.packed(output, &layout, tables, watch);
+    }
+    work.plain(output, &tables, watch)
+}
+
+/// An image that is written to a stream: what is known of it before.
+pub(super) struct Work<'a> {
+    pub(super) sources: &'a [Image],
+    runs: Vec<StreamRun>,
+    /// Bytes of a cluster, and of the disk.
+    pub(super) units: (u64, u64),
+    pub(super) chunk: u64,
+    pub(super) options: &'a Options,
+    pub(super) make: &'a MakeEngine<'a>,
+}
+
+impl Work<'_> {
+    /// Every cluster as it is.
+    fn plain(
+        &self,
+        mut output: Output,
+        tables: &StreamLayout,
+        watch: &mut dyn FnMut(u64) -> bool,
+    ) -> Result<Outcome> {
+        if !self.write_tables(&mut *output, tables, &mut || watch(0))? {
             return Ok(Outcome::Stopped);
         }
-        lock(&sink.state).output.write_all(&bytes).map_err(failed)?;
+        let sink = Sink::new(output, false);
+        let copier = Copier::streaming(Disks(self.sources), &sink, self.chunk, None);
+        let mut jobs = self.jobs();
+        let mut next = || Ok(jobs.next());
+        let outcome = Board::new(self.options).run(&copier, self.make, &mut next, watch)?;
+        if outcome == Outcome::Complete {
+            let (unit, size) = self.units;
+            // The disk may end inside its last cluster, which the image has as a whole.
+            let missing = size.next_multiple_of(unit) - size;
+            let missing = if jobs.covered == size { missing } else { 0 };
+            zeros(&mut *lock(&sink.state).output, missing)?;
+            sink.finish(size)?;
+        }
+        Ok(outcome)
     }
-    let (number, covered) = (Cell::new(0), Cell::new(0));
-    let data = runs.into_iter().filter(|run| !run.zero);
-    let mut jobs = data.flat_map(|run| pieces(&run, (unit, size), cut.chunk)).map(|piece| {
-        number.set(number.get() + 1);
+
+    /// Writes what comes before the data; false when `goes_on` says no before the end.
+    pub(super) fn write_tables(
+        &self,
+        output: &mut dyn Write,
+        tables: &StreamLayout,
+        goes_on: &mut dyn FnMut() -> bool,
+    ) -> Result<bool> {
+        for bytes in tables.tables() {
+            if !goes_on() {
+                return Ok(false);
+            }
+            output.write_all(&bytes).map_err(failed)?;
+        }
+        Ok(true)
+    }
+
+    /// What there is to do for all clusters of data.
+    pub(super) fn jobs(&self) -> Jobs<'_> {
+        let data = self.runs.iter().filter(|run| !run.zero);
+        let pieces = data.flat_map(|run| pieces(run, self.units, self.chunk));
+        Jobs { pieces: Box::new(pieces), number: 0, covered: 0 }
+    }
+}
+
+/// Jobs of one piece each, in order.
+pub(super) struct Jobs<'a> {
+    pieces: Box<dyn Iterator<Item = Piece> + 'a>,
+    number: u64,
+    /// Where the last piece ended.
+    covered: u64,
+}
+
+impl Iterator for Jobs<'_> {
+    type Item = Job;
+
+    fn next(&mut self) -> Option<Job> {
+        let piece = self.pieces.next()?;
         let end = piece.at + piece.len;
-        let covers = end - covered.replace(end);
-        Job { number: number.get() - 1, pieces: vec![piece], covers }
-    });
-    let outcome = board.run(&copier, make, &mut || Ok(jobs.next()), watch)?;
-    if outcome == Outcome::Complete {
-        // The disk may end inside its last cluster, which the image has as a whole.
-        let missing = usize::try_from(size.next_multiple_of(unit) - size).unwrap_or_default();
-        let missing = if covered.get() == size { missing } else { 0 };
-        lock(&sink.state).output.write_all(&vec![0; missing]).map_err(failed)?;
-        sink.finish(size)?;
+        let job = Job { number: self.number, pieces: vec![piece], covers: end - self.covered };
+        (self.number, self.covered) = (self.number + 1, end);
+        Some(job)
     }
-    Ok(outcome)
 }
 
 /// What the image will hold, in clusters.
@@ -145,7 +225,7 @@ async fn runs(
     while let Some(job) = scanner.next(engine).await? {
         for Piece { at, len, work } in job.pieces {
             let clusters = at / unit..(at + len).min(size).div_ceil(unit);
-            let zero = work == Work::Zero;
+            let zero = work == Kind::Zero;
             match runs.last_mut() {
                 Some(last) if last.zero == zero && last.clusters.end == clusters.start => {
                     last.clusters.end = clusters.end;
@@ -166,7 +246,7 @@ fn pieces(
     let (mut at, end) = (run.clusters.start * unit, (run.clusters.end * unit).min(size));
     std::iter::from_fn(move || {
         let len = (end - at).min(chunk);
-        let piece = Piece { at, len, work: Work::Copy };
+        let piece = Piece { at, len, work: Kind::Copy };
         at += len;
         (len > 0).then_some(piece)
     })

@@ -92,9 +92,14 @@ impl Bits {
         self.changed.load(Ordering::Relaxed)
     }
 
+    /// Bytes that the bits take.
+    pub(super) fn bytes(&self) -> u64 {
+        self.words.len() as u64 * 8
+    }
+
     /// How many clusters the bits take in the file.
     pub(super) fn clusters(&self, cluster: u64) -> u64 {
-        (self.words.len() as u64 * 8).div_ceil(cluster)
+        self.bytes().div_ceil(cluster)
     }
 
     /// The words of cluster number `number` of the bitmap's data.

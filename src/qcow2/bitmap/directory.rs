@@ -101,6 +101,7 @@ impl Entry {
             granularity: 1_u64.checked_shl(self.granularity_bits).unwrap_or(u64::MAX),
             in_use: self.flags & IN_USE != 0,
             auto: self.flags & AUTO != 0,
+            obstacle: self.obstacle(),
         }
     }
 

@@ -71,6 +71,13 @@ impl std::fmt::Debug for LoadedBitmap {
     }
 }
 
+impl LoadedBitmap {
+    /// Bytes that the bits take in memory.
+    pub fn bytes(&self) -> u64 {
+        self.bits.bytes()
+    }
+}
+
 /// A bitmap as it is to become.
 struct Draft {
     /// Its entry in the directory, with padding.

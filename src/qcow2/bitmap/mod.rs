@@ -96,6 +96,8 @@ pub struct BitmapFacts {
     pub in_use: bool,
     /// It is enabled: every change of the disk shall be in it.
     pub auto: bool,
+    /// Why it cannot be used here, if so.
+    pub obstacle: Option<&'static str>,
 }
 
 /// The bitmaps of the image in `file`, in the order of its directory; none where the autoclear bit

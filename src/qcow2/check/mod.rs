@@ -32,7 +32,8 @@
 //! 4. COPIED is set where it is true; sync.
 //! 5. When a second check finds nothing, the dirty and corrupt bits are cleared; sync.
 //!
-//! A crash in between leaves an image that the same repair finishes.
+//! A crash in between leaves an image that the same repair finishes. A repair of leaks is step 3,
+//! and step 4 where nothing else is wrong.
 
 mod blocks;
 mod counted;
@@ -192,6 +193,57 @@ pub async fn check(st: &dyn Storage, name: &str, file: FileId, repair: Repair) -
     check_within(st, name, file, repair, MEMORY).await
 }
 
+/// Told how many bytes of how many of an image's L2 tables were looked at. A repair looks at them
+/// several times, and tells of each time.
+pub type Told<'a> = dyn Fn(u64, u64) + 'a;
+
+/// As [`check`]; `progress` is told how far it is.
+///
+/// # Errors
+/// As [`check`].
+pub async fn check_told(
+    st: &dyn Storage,
+    name: &str,
+    file: FileId,
+    repair: Repair,
+    progress: &Told<'_>,
+) -> Result<Report> {
+    let target = Target::load(st, name, file).await?;
+    check_target(Target { progress: Some(progress), ..target }, repair, MEMORY).await
+}
+
+/// Gives the image in `file` refcounts of `1 << order` bits, 0 to 6. Nobody else may use it. New
+/// refcount structures are written first, and the header names them and their width by one write
+/// (R5 of `ORDERING.md`); the old ones are free then. `progress` is told how far it is.
+///
+/// # Errors
+/// `Refused` when anything is wrong with the image, leaks included, and when some cluster is
+/// referred to more often than such a refcount can say; when the host cannot write.
+pub async fn widen_refcounts(
+    st: &dyn Storage,
+    name: &str,
+    file: FileId,
+    order: u32,
+    progress: &Told<'_>,
+) -> Result<()> {
+    let target = Target::load(st, name, file).await?;
+    let mut target = Target { progress: Some(progress), ..target };
+    let marked = target.header.incompatible & (INCOMPATIBLE_DIRTY | INCOMPATIBLE_CORRUPT) != 0;
+    if marked || !survey(&target, MEMORY).await?.report.is_clean() {
+        let why = "refcounts that are not right are not copied; repair it first (check -r all)";
+        return Err(Error::refused(name, why));
+    }
+    if target.header.geometry.refcount_order == order {
+        return Ok(());
+    }
+    if target.header.version < 3 || order > 6 {
+        let why = "refcounts have 16 bits in version 2 (compat=0.10), and 1 to 64 in version 3";
+        return Err(Error::refused(name, why));
+    }
+    prepare(&target).await?;
+    rebuild::widen(&mut target, MEMORY, order).await
+}
+
 /// As [`check`], with another bound in bytes for the counts of references.
 ///
 /// # Errors
@@ -203,7 +255,12 @@ pub async fn check_within(
     repair: Repair,
     memory: usize,
 ) -> Result<Report> {
-    let target = Target::load(st, name, file).await?;
+    check_target(Target::load(st, name, file).await?, repair, memory).await
+}
+
+async fn check_target(target: Target<'_>, repair: Repair, memory: usize) -> Result<Report> {
+    let (st, file, name) = (target.st, target.file, target.name.clone());
+    let progress = target.progress;
     let before = survey(&target, memory).await?;
     if repair == Repair::None {
         return Ok(before.report);
@@ -217,7 +274,8 @@ pub async fn check_within(
             _ => repair_leaks(&target, &before, memory, &mut notes).await?,
         };
         if done {
-            let after = survey(&Target::load(st, name, file).await?, memory).await?.report;
+            let now = Target { progress, ..Target::load(st, &name, file).await? };
+            let after = survey(&now, memory).await?.report;
             report = compared(report, after);
         }
         report.losses = notes.losses;
@@ -261,7 +319,7 @@ async fn survey(target: &Target<'_>, memory: usize) -> Result<Survey> {
     Ok(survey)
 }
 
-/// Lowers refcounts that are too high, if all references are known.
+/// Lowers refcounts that are too high, if all references are known, and sets the flags that say so.
 async fn repair_leaks(
     target: &Target<'_>,
     before: &Survey,
@@ -278,7 +336,11 @@ async fn repair_leaks(
         return Ok(false);
     }
     prepare(target).await?;
-    each_window(target, View::AS_IS, memory, &[Stage::Lower], notes).await?;
+    // Where nothing but leaks is wrong, the only flags that are wrong after it are those that a
+    // refcount of one asks for now.
+    let flags = before.report.corruptions == 0;
+    let stages = if flags { &[Stage::Lower, Stage::Set][..] } else { &[Stage::Lower] };
+    each_window(target, View::AS_IS, memory, stages, notes).await?;
     Ok(true)
 }
 
@@ -302,18 +364,18 @@ async fn repair_all(
         mark::clear_autoclear(target.st, target.file, AUTOCLEAR_BITMAPS).await?;
         notes.note(|| "the bitmaps contradict themselves and are given up".to_owned());
         notes.losses += 1;
-        target = Target::load(target.st, &target.name, target.file).await?;
+        target = target.reload().await?;
     }
     let places = target.block_places.iter().copied().filter(|_| before.rebuild);
     let former = places.collect();
     before.instruct(&mut target, &former);
     if mend::changes_content(&target).await? && distrust_bitmaps(&target, notes).await? {
-        target = Target::load(target.st, &target.name, target.file).await?;
+        target = target.reload().await?;
         before.instruct(&mut target, &former);
     }
     let stages = if before.rebuild {
         rebuild::rebuild(&target, memory).await?;
-        target = Target::load(target.st, &target.name, target.file).await?;
+        target = target.reload().await?;
         before.instruct(&mut target, &former);
         notes.note(|| "the refcount structures were made anew".to_owned());
         [Stage::Clear, Stage::Lower, Stage::Set].as_slice()

@@ -1,4 +1,5 @@
-//! New refcount structures, when the old ones cannot be repaired in place.
+//! New refcount structures, when the old ones cannot be repaired in place or refcounts get another
+//! width.
 //!
 //! They are written to clusters that nothing uses, not even the old structures, behind everything
 //! that stays; the header's twelve bytes that name the table are written last. Until then the image
@@ -14,6 +15,8 @@ use crate::qcow2::check::walk::{View, Walk};
 use crate::qcow2::header::{REFTABLE_AT, REFTABLE_LIMIT};
 use crate::storage::Purpose;
 
+/// Where the header says how wide refcounts are.
+const ORDER_AT: u64 = 96;
 /// How many places between old structures are tried before one behind them all.
 const MOST_PLACES: usize = 64;
 
@@ -35,12 +38,47 @@ struct Plan {
 /// When the host cannot write, or when the file has more clusters than a refcount table of legal
 /// size can count.
 pub(super) async fn rebuild(target: &Target<'_>, memory: usize) -> Result<()> {
+    let plan = write(target, memory, Overflow::Kept).await?;
+    switch(target, &plan, None).await
+}
+
+/// As [`rebuild`] for an image without anything wrong, with refcounts of `1 << order` bits.
+///
+/// # Errors
+/// As [`rebuild`]; `Refused` when a cluster is referred to more often than such a refcount says.
+pub(super) async fn widen(target: &mut Target<'_>, memory: usize, order: u32) -> Result<()> {
+    target.header.geometry.refcount_order = order;
+    let plan = write(target, memory, Overflow::Refused).await?;
+    switch(target, &plan, Some(order)).await
+}
+
+/// What becomes of a cluster that is referred to more often than its refcount can say.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Overflow {
+    /// It keeps the largest refcount there is.
+    Kept,
+    /// There will be no such refcounts.
+    Refused,
+}
+
+/// Writes new blocks and makes them durable; nothing names them yet.
+async fn write(target: &Target<'_>, memory: usize, overflow: Overflow) -> Result<Plan> {
+    let most = most(target.header.geometry.refcount_order);
     let (mut used, mut last) = (BTreeMap::new(), 0);
     let mut first = 0;
     let bits = target.header.geometry.refblock_bits();
     while first < u64::MAX {
         let references = count(target, first, memory).await?;
         for (cluster, seen) in references.leaves(|_| true).flatten() {
+            if seen.references > most && overflow == Overflow::Refused {
+                let why = format!(
+                    "a cluster is referred to {} times, and refcounts of {} bits say {most} at \
+                     most; take wider ones, or delete snapshots first",
+                    seen.references,
+                    1_u64 << target.header.geometry.refcount_order
+                );
+                return Err(Error::refused(target.name.as_str(), why));
+            }
             if seen.references > 0 {
                 used.insert(cluster >> bits, 0);
                 last = cluster;
@@ -60,7 +98,7 @@ pub(super) async fn rebuild(target: &Target<'_>, memory: usize) -> Result<()> {
         first = references.window().end;
     }
     target.sync(Purpose::SyncData).await?;
-    switch(target, &plan).await
+    Ok(plan)
 }
 
 async fn count(target: &Target<'_>, first: u64, memory: usize) -> Result<References> {
@@ -171,8 +209,9 @@ async fn write_block(
     target.write(Purpose::RefblockInit, at, &block).await
 }
 
-/// Writes the table, and then its place in the header.
-async fn switch(target: &Target<'_>, plan: &Plan) -> Result<()> {
+/// Writes the table, and then its place in the header, together with the width of refcounts if that
+/// is another one.
+async fn switch(target: &Target<'_>, plan: &Plan, order: Option<u32>) -> Result<()> {
     let bits = target.header.geometry.cluster_bits;
     let len = usize::try_from(plan.table_clusters << bits).expect("bounded by the limit");
     let mut table = vec![0; len];
@@ -184,7 +223,14 @@ async fn switch(target: &Target<'_>, plan: &Plan) -> Result<()> {
     target.write(Purpose::ReftableWrite, at, &table).await?;
     target.sync(Purpose::SyncReftable).await?;
     let clusters = u32::try_from(plan.table_clusters).expect("bounded by the limit");
-    let field = [at.to_be_bytes().as_slice(), &clusters.to_be_bytes()].concat();
+    let mut field = [at.to_be_bytes().as_slice(), &clusters.to_be_bytes()].concat();
+    if let Some(order) = order {
+        // What lies between is written as it is: all of it is in one sector.
+        let between = REFTABLE_AT.0 + field.len() as u64;
+        let len = ORDER_AT - between;
+        field.extend(target.read(Purpose::HeaderRead, between, len).await?);
+        field.extend(order.to_be_bytes());
+    }
     target.write(Purpose::HeaderWrite, REFTABLE_AT.0, &field).await?;
     target.sync(Purpose::SyncHeader).await
 }

@@ -5,8 +5,8 @@ use std::ops::Range;
 
 use crate::bytes::{HostOffset, be32, be64, round_up};
 use crate::error::{Error, Kind, Result};
-use crate::qcow2::check::Report;
 use crate::qcow2::check::entries::Rules;
+use crate::qcow2::check::{Report, Told};
 use crate::qcow2::format::{AUTOCLEAR_BITMAPS, INCOMPATIBLE_EXTENDED_L2, OFFSET_MASK};
 use crate::qcow2::header::{self, Header, REFTABLE_AT};
 use crate::qcow2::open::read_header;
@@ -70,6 +70,8 @@ pub(super) struct Target<'a> {
     pub(super) report: Report,
     /// The refcount structures cannot be repaired in place.
     pub(super) rebuild: bool,
+    /// Told how many bytes of how many of its L2 tables a walk has looked at.
+    pub(super) progress: Option<&'a Told<'a>>,
 }
 
 impl<'a> Target<'a> {
@@ -108,12 +110,30 @@ impl<'a> Target<'a> {
             block_places: Vec::new(),
             report: Report::default(),
             rebuild: false,
+            progress: None,
         };
         target.read_snapshots().await;
         target.read_directory().await;
         target.read_reftable(usable).await;
         target.fix_places();
         Ok(target)
+    }
+
+    /// The same image as it is now.
+    ///
+    /// # Errors
+    /// As [`Target::load`].
+    pub(super) async fn reload(&self) -> Result<Self> {
+        let now = Self::load(self.st, &self.name, self.file).await?;
+        Ok(Self { progress: self.progress, ..now })
+    }
+
+    /// Tells how many of how many L2 tables a walk has looked at.
+    pub(super) fn tell(&self, done: usize, all: usize) {
+        if let Some(progress) = self.progress {
+            let bytes = |tables: usize| (tables as u64).saturating_mul(self.cluster_size());
+            progress(bytes(done), bytes(all));
+        }
     }
 
     pub(super) fn cluster_size(&self) -> u64 {

@@ -153,7 +153,8 @@ impl<'w, 'a> Walk<'w, 'a> {
                 self.root(*root, from, &mut tables, notes).await?;
             }
             let places: Vec<u64> = tables.found.keys().copied().collect();
-            for places in places.chunks(self.target.ahead()) {
+            for (group, places) in places.chunks(self.target.ahead()).enumerate() {
+                self.target.tell(group * self.target.ahead(), tables.found.len());
                 let read = self.target.read_clusters(Purpose::L2Load, places).await;
                 for (at, bytes) in places.iter().zip(read) {
                     match (bytes, notes.as_deref_mut()) {
