@@ -9,11 +9,11 @@
 //! A read is tried with RWF_NOWAIT, which fails instead of waiting. There is no such promise for
 //! writes, so they are watched: a host that is short of memory or busy with its disk makes writers
 //! wait, and then one write takes long. But so does one that loses the processor to others, as
-//! happens now and then on every shared machine. So it is only noted that a write was slow; the
-//! next ones are asked whether they have waited. After one that was slow because it did, writes go
-//! the other way for a multiple of the time that was lost, so that a worker is held up for a small
-//! part of its time. Only whole pages are written at once: for a part of one the rest may have to
-//! be read first.
+//! happens now and then on every shared machine. So a slow write only makes those of the next
+//! second be asked whether they have waited; work that the kernel does for want of memory is not
+//! seen. After one that was slow because it waited, writes go the other way for a multiple of the
+//! time that was lost, so that a worker is held up for a small part of its time. Only whole pages
+//! are written at once: for a part of one the rest may have to be read first.
 
 use std::cell::Cell;
 use std::io;
@@ -29,8 +29,9 @@ const PAGE: u64 = 4096;
 const MOST_WRITTEN: u64 = 1 << 20;
 /// A write that takes longer than this has waited for something.
 const SLOW: Duration = Duration::from_micros(500);
-/// How many writes after a slow one are asked whether they have waited.
-const WATCHED: u32 = 64;
+/// How long after a slow write others are asked whether they have waited. A host that slows its
+/// writers down lets one wait after some hundred others.
+const WATCHED: Duration = Duration::from_secs(1);
 /// For how many times the length of a slow write others are not made at once.
 const REST: u32 = 20;
 /// The longest such rest: a host that was busy may not be so any more.
@@ -45,8 +46,8 @@ pub(super) struct Prompt {
     enabled: bool,
     /// Reads in a row that were not cached.
     misses: Cell<u32>,
-    /// How many of the next writes are asked whether they have waited.
-    watched: Cell<u32>,
+    /// Until when writes are asked whether they have waited.
+    watched: Cell<Option<Instant>>,
     /// Until when writes go the other way.
     resting: Cell<Option<Instant>>,
 }
@@ -57,7 +58,7 @@ impl Prompt {
         Self {
             enabled: seen.is_prompt(),
             misses: Cell::new(0),
-            watched: Cell::new(0),
+            watched: Cell::new(None),
             resting: Cell::new(None),
         }
     }
@@ -97,8 +98,9 @@ impl Prompt {
                 self.judge_read(open, result)
             }
             Call::Write { at } if self.tries_write(at, plan) => {
-                let before = (self.watched.get() > 0).then(waits);
                 let start = Instant::now();
+                let watched = self.watched.get().is_some_and(|until| start < until);
+                let before = watched.then(waits);
                 // SAFETY: by this function's contract.
                 let result = unsafe { sys::write_at(&open.file, plan.segments(), at) };
                 let took = start.elapsed();
@@ -150,9 +152,9 @@ impl Prompt {
     /// processor away, if that was asked.
     fn judge_write(&self, start: Instant, took: Duration, waited: Option<bool>) {
         if took <= SLOW {
-            return self.watched.set(self.watched.get().saturating_sub(1));
+            return;
         }
-        self.watched.set(WATCHED);
+        self.watched.set(Some(start + took + WATCHED));
         if waited == Some(true) {
             self.resting.set(Some(start + took + (took * REST).min(LONGEST_REST)));
         }
@@ -250,15 +252,25 @@ mod tests {
         let now = Instant::now();
         for waited in [None, Some(false)] {
             prompt.judge_write(now, Duration::from_millis(30), waited);
-            assert_eq!((prompt.resting.get(), prompt.watched.get()), (None, WATCHED));
+            assert_eq!(prompt.resting.get(), None);
         }
-        for _ in 0..WATCHED {
-            prompt.judge_write(now, Duration::from_micros(3), Some(false));
-        }
-        assert_eq!(prompt.watched.get(), 0, "it was long ago");
         let before = waits();
         std::thread::sleep(Duration::from_millis(1));
         assert!(waits() > before, "a thread that sleeps gives the processor away");
+    }
+
+    #[test]
+    fn a_host_that_lets_one_write_of_many_wait_is_noticed() {
+        let (_file, seen) = setup(Options::default());
+        let prompt = Prompt::new(&seen);
+        let now = Instant::now();
+        prompt.judge_write(now, Duration::from_millis(30), None);
+        for _ in 0..1000 {
+            prompt.judge_write(now, Duration::from_micros(3), Some(false));
+        }
+        assert_eq!(prompt.watched.get(), Some(now + Duration::from_millis(1030)), "no end of it");
+        prompt.judge_write(now, Duration::from_millis(30), Some(true));
+        assert!(prompt.resting.get().is_some());
     }
 
     #[test]

@@ -154,7 +154,7 @@ impl<F: Future<Output = ()>> Thread<F> {
                 return self.log_stats();
             }
             if progress.any() {
-                self.spin.found();
+                self.spin.found(Instant::now, || switches().preempted);
                 continue;
             }
             if self.looks_again() {

@@ -41,7 +41,8 @@ pub const TASKS: usize = 256;
 
 /// How many tasks are polled at most before what they have done is published.
 const PORTION_TASKS: u32 = 16;
-/// After how many bytes, though the tasks be fewer.
+/// After how many bytes, though the tasks be fewer. They count when a request begins, which is when
+/// it ends if the page cache has them.
 const PORTION_BYTES: u64 = 256 << 10;
 
 /// The guest's memory, and the mappings it is part of.

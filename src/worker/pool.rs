@@ -81,7 +81,7 @@ impl Pool {
             logging: None,
             workers,
             poll: Duration::ZERO,
-            places: Arc::new(Places::new((processors / 2).max(1))),
+            places: Arc::new(Places::new(processors / 2)),
         }
     }
 

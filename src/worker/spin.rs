@@ -69,7 +69,7 @@ pub struct Spin {
     vain: u32,
     /// Until when it does not look.
     rest: Option<Instant>,
-    /// How often this thread had lost the processor when that was asked last.
+    /// How often this thread had lost the processor when it began to look.
     preempted: i64,
 }
 
@@ -79,22 +79,21 @@ impl Spin {
         Self { places, window, since: None, vain: 0, rest: None, preempted: 0 }
     }
 
-    /// Says that there was something to do.
-    pub fn found(&mut self) {
-        if self.since.take().is_some() {
-            self.places.leave();
+    /// Says that there was something to do. `preempted` tells how often this thread has lost the
+    /// processor to others.
+    pub fn found(&mut self, now: impl FnOnce() -> Instant, preempted: impl FnOnce() -> i64) {
+        let Some((_, last)) = self.since else { return };
+        self.end();
+        if !self.was_kept_away(last, now(), preempted) {
             self.vain = 0;
         }
     }
 
     /// Whether a worker that has found nothing to do looks again at once, rather than to sleep.
-    /// `preempted` tells how often its thread has lost the processor to others.
     pub fn looks_again(&mut self, now: Instant, preempted: impl FnOnce() -> i64) -> bool {
         if let Some((since, last)) = self.since {
-            let passed = now.duration_since(last);
-            if passed >= KEPT_AWAY && self.was_preempted(preempted()) {
+            if self.was_kept_away(last, now, preempted) {
                 self.end();
-                self.rest = Some(now + (passed * CROWDED_REST).min(LONGEST_CROWDED_REST));
                 return false;
             }
             if now.duration_since(since) < self.window {
@@ -111,16 +110,29 @@ impl Spin {
             return false;
         }
         self.since = Some((now, now));
+        self.preempted = preempted();
         true
     }
 
-    fn was_preempted(&mut self, times: i64) -> bool {
-        std::mem::replace(&mut self.preempted, times) < times
+    /// Whether others had the processor since the `last` look; then there is a rest.
+    fn was_kept_away(
+        &mut self,
+        last: Instant,
+        now: Instant,
+        preempted: impl FnOnce() -> i64,
+    ) -> bool {
+        let passed = now.duration_since(last);
+        if passed < KEPT_AWAY || preempted() <= self.preempted {
+            return false;
+        }
+        self.rest = Some(now + (passed * CROWDED_REST).min(LONGEST_CROWDED_REST));
+        true
     }
 
     fn end(&mut self) {
-        self.since = None;
-        self.places.leave();
+        if self.since.take().is_some() {
+            self.places.leave();
+        }
     }
 
     fn give_up(&mut self, now: Instant) {
@@ -133,7 +145,7 @@ impl Spin {
 
 impl Drop for Spin {
     fn drop(&mut self) {
-        self.found();
+        self.end();
     }
 }
 
@@ -153,7 +165,7 @@ mod tests {
         while spin.looks_again(now, || 0) {
             now += Duration::from_micros(1);
             if now - begin >= found {
-                spin.found();
+                spin.found(|| now, || 0);
                 return (now, true);
             }
         }
@@ -208,21 +220,28 @@ mod tests {
         assert!(one.looks_again(now, || 0) && !other.looks_again(now, || 0));
         drop(one);
         assert!(other.looks_again(now, || 0), "the place is free again");
-        other.found();
+        other.found(|| now, || 0);
         assert_eq!(places.free.load(Ordering::Relaxed), 1);
     }
 
     #[test]
     fn who_loses_the_processor_while_looking_sleeps_instead_for_a_while() {
-        let (mut spin, now) = (spin(), Instant::now());
         let lost = Duration::from_millis(3);
-        assert!(spin.looks_again(now, || 1));
-        assert!(!spin.looks_again(now + lost, || 1), "others were preferred");
-        assert!(!spin.looks_again(now + lost * 60, || 1));
-        let again = now + lost * 66;
-        assert!(spin.looks_again(again, || 1));
-        // A hypervisor that takes its time says nothing of other threads.
-        assert!(spin.looks_again(again + KEPT_AWAY, || 1));
-        assert_eq!(spin.places.free.load(Ordering::Relaxed), 0);
+        for finds_something in [false, true] {
+            let (mut spin, now) = (spin(), Instant::now());
+            // What was lost before it looked does not count.
+            assert!(spin.looks_again(now, || 7));
+            let back = now + lost;
+            if finds_something {
+                spin.found(|| back, || 8);
+            }
+            assert!(!spin.looks_again(back, || 8), "others were preferred");
+            assert!(!spin.looks_again(now + lost * 60, || 8));
+            let again = now + lost * 66;
+            assert!(spin.looks_again(again, || 8));
+            // A hypervisor that takes its time says nothing of other threads.
+            assert!(spin.looks_again(again + KEPT_AWAY, || 8));
+            assert_eq!(spin.places.free.load(Ordering::Relaxed), 0);
+        }
     }
 }

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use crate::bare;
 use crate::client::{Client, Kind};
-use crate::images::{CLUSTER, SPAN, contiguity};
+use crate::images::{CLUSTER, SPAN, contiguity, forget, warm};
 use crate::measure::{Bench, Case, median, ratio, typical};
 use crate::plan::{Load, Order};
 use crate::report::{Check, Finding, rate_text, short};
@@ -97,6 +97,9 @@ pub(super) fn flushed(bench: &Bench, finding: Finding) -> Result<Finding> {
     let (ours, theirs) = (group(counts.0.syncs), group(counts.1.syncs));
     let ours = if comparison.counts.is_some() { ours } else { f64::NAN };
     let raw = bench.images.raw()?.path;
+    // In the state that the servers' files are in.
+    forget(&raw)?;
+    warm(&raw)?;
     let run = || bare::synced(&raw, load.block as usize, IN_FLIGHT as u32, bench.time / 2);
     let bare = median((0..bench.rounds).map(|_| run()).collect::<Result<_>>()?);
     let mut finding = finding.with(&comparison).ratio_at_least(1.5);
