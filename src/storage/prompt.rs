@@ -104,7 +104,7 @@ impl Prompt {
                 // SAFETY: by this function's contract.
                 let result = unsafe { sys::write_at(&open.file, plan.segments(), at) };
                 let took = start.elapsed();
-                self.judge_write(start, took, before.map(|before| waits() > before));
+                self.judge_write(start, took, before.map(|before| move || waits() > before));
                 Some(result)
             }
             _ => None,
@@ -149,13 +149,13 @@ impl Prompt {
     }
 
     /// Draws conclusions from the time that a write took; `waited` says whether it gave the
-    /// processor away, if that was asked.
-    fn judge_write(&self, start: Instant, took: Duration, waited: Option<bool>) {
+    /// processor away, if it was watched.
+    fn judge_write(&self, start: Instant, took: Duration, waited: Option<impl FnOnce() -> bool>) {
         if took <= SLOW {
             return;
         }
         self.watched.set(Some(start + took + WATCHED));
-        if waited == Some(true) {
+        if waited.is_some_and(|waited| waited()) {
             self.resting.set(Some(start + took + (took * REST).min(LONGEST_REST)));
         }
     }
@@ -232,13 +232,13 @@ mod tests {
         let (_file, seen) = setup(Options::default());
         let prompt = Prompt::new(&seen);
         let now = Instant::now();
-        prompt.judge_write(now, SLOW, Some(true));
+        prompt.judge_write(now, SLOW, Some(|| true));
         assert!(is_done(&prompt, &seen, &write(0, 4096)), "that was not slow");
-        prompt.judge_write(now, Duration::from_millis(30), Some(true));
+        prompt.judge_write(now, Duration::from_millis(30), Some(|| true));
         assert!(!is_done(&prompt, &seen, &write(0, 4096)));
         let rest = prompt.resting.get().expect("a rest") - now;
         assert_eq!(rest, Duration::from_millis(630));
-        prompt.judge_write(now, Duration::from_secs(9), Some(true));
+        prompt.judge_write(now, Duration::from_secs(9), Some(|| true));
         let rest = prompt.resting.get().expect("a rest") - now;
         assert_eq!(rest, Duration::from_secs(10), "no longer than a second after its end");
         prompt.resting.set(Some(now));
@@ -250,7 +250,7 @@ mod tests {
         let (_file, seen) = setup(Options::default());
         let prompt = Prompt::new(&seen);
         let now = Instant::now();
-        for waited in [None, Some(false)] {
+        for waited in [None, Some(|| false)] {
             prompt.judge_write(now, Duration::from_millis(30), waited);
             assert_eq!(prompt.resting.get(), None);
         }
@@ -264,12 +264,12 @@ mod tests {
         let (_file, seen) = setup(Options::default());
         let prompt = Prompt::new(&seen);
         let now = Instant::now();
-        prompt.judge_write(now, Duration::from_millis(30), None);
+        prompt.judge_write(now, Duration::from_millis(30), None::<fn() -> bool>);
         for _ in 0..1000 {
-            prompt.judge_write(now, Duration::from_micros(3), Some(false));
+            prompt.judge_write(now, Duration::from_micros(3), Some(|| false));
         }
         assert_eq!(prompt.watched.get(), Some(now + Duration::from_millis(1030)), "no end of it");
-        prompt.judge_write(now, Duration::from_millis(30), Some(true));
+        prompt.judge_write(now, Duration::from_millis(30), Some(|| true));
         assert!(prompt.resting.get().is_some());
     }
 

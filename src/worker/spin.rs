@@ -6,8 +6,10 @@
 //! for a short while before it sleeps, as QEMU's I/O threads do.
 //!
 //! Processor time is spent on this only where it helps. Looking in vain is followed by a rest,
-//! which doubles each time that it happens again, so that a guest whose requests are further apart
-//! costs a five-hundredth of a processor, and an idle one nothing. At most half of the processors
+//! which gets four times as long each time that it happens again and half as long with each
+//! success, so that a guest whose requests are further apart costs a five-hundredth of a processor,
+//! and an idle one nothing. Nor may a guest wait for us to stop: where no processor is idle the
+//! kernel lets whom we have woken run after us, and then most looks are in vain. At most half of the processors
 //! are taken by workers that look, since guests need them too. While the disk works on something
 //! nobody looks: it takes longer than a sleep.
 //!
@@ -22,9 +24,10 @@ use crate::sync::{Arc, AtomicUsize, Ordering};
 /// How long workers look unless told otherwise, in microseconds: a guest that is woken by our
 /// answer, and asks again, is mostly back by then.
 pub const WINDOW_US: u16 = 50;
-/// How many windows the rest after the first vain look lasts, as a power of two.
-const FIRST_REST: u32 = 1;
-/// The same for the longest rest.
+/// How much longer a rest is after a vain look, as a power of two. A success makes it half as long:
+/// so two of three looks must be worth it.
+const IN_VAIN: u32 = 2;
+/// The longest rest in windows, as a power of two.
 const LONGEST_REST: u32 = 9;
 
 /// A look at all rings takes less than a microsecond: whoever notices that so much has passed since
@@ -65,8 +68,8 @@ pub struct Spin {
     window: Duration,
     /// Since when it looks, and when it did last.
     since: Option<(Instant, Instant)>,
-    /// How often in a row that was in vain.
-    vain: u32,
+    /// How many windows the last rest was, as a power of two, less what successes took off.
+    rest_bits: u32,
     /// Until when it does not look.
     rest: Option<Instant>,
     /// How often this thread had lost the processor when it began to look.
@@ -76,7 +79,7 @@ pub struct Spin {
 impl Spin {
     /// For a worker that looks for at most `window` before it sleeps; zero means not at all.
     pub fn new(window: Duration, places: Arc<Places>) -> Self {
-        Self { places, window, since: None, vain: 0, rest: None, preempted: 0 }
+        Self { places, window, since: None, rest_bits: 0, rest: None, preempted: 0 }
     }
 
     /// Says that there was something to do. `preempted` tells how often this thread has lost the
@@ -85,7 +88,7 @@ impl Spin {
         let Some((_, last)) = self.since else { return };
         self.end();
         if !self.was_kept_away(last, now(), preempted) {
-            self.vain = 0;
+            self.rest_bits = self.rest_bits.saturating_sub(1);
         }
     }
 
@@ -137,9 +140,8 @@ impl Spin {
 
     fn give_up(&mut self, now: Instant) {
         self.end();
-        let doubled = (FIRST_REST + self.vain).min(LONGEST_REST);
-        self.rest = Some(now + self.window * (1 << doubled));
-        self.vain = self.vain.saturating_add(1);
+        self.rest_bits = (self.rest_bits + IN_VAIN).min(LONGEST_REST);
+        self.rest = Some(now + self.window * (1 << self.rest_bits));
     }
 }
 
@@ -197,17 +199,34 @@ mod tests {
     }
 
     #[test]
-    fn one_success_ends_the_long_rests() {
+    fn successes_end_the_long_rests() {
         let (mut spin, mut now) = (spin(), Instant::now());
         for _ in 0..20 {
             now = look(&mut spin, now, Duration::MAX).0 + Duration::from_secs(1);
         }
-        let (found, success) = look(&mut spin, now, Duration::from_micros(5));
-        assert!(success);
-        let (until, success) = look(&mut spin, found, Duration::MAX);
+        for _ in 0..LONGEST_REST {
+            let (found, success) = look(&mut spin, now, Duration::from_micros(5));
+            assert!(success);
+            now = found;
+        }
+        let (until, success) = look(&mut spin, now, Duration::MAX);
         assert!(!success);
-        assert!(!spin.looks_again(until + WINDOW, || 0));
-        assert!(spin.looks_again(until + 2 * WINDOW, || 0), "the rest is a short one again");
+        assert!(!spin.looks_again(until + 3 * WINDOW, || 0));
+        assert!(spin.looks_again(until + 4 * WINDOW, || 0), "the rest is a short one again");
+    }
+
+    #[test]
+    fn a_guest_that_comes_only_when_we_sleep_is_not_kept_waiting() {
+        let (mut spin, begin) = (spin(), Instant::now());
+        let (mut now, mut waited) = (begin, Duration::ZERO);
+        for step in 0..10_000 {
+            // Every other time it has a processor of its own.
+            let found = if step % 2 == 0 { Duration::from_micros(5) } else { Duration::MAX };
+            let (until, success) = look(&mut spin, now, found);
+            waited += if success { Duration::ZERO } else { until - now };
+            now = until + Duration::from_micros(10);
+        }
+        assert!(waited < (now - begin) / 20, "{waited:?} of {:?}", now - begin);
     }
 
     #[test]
