@@ -112,6 +112,52 @@ fn a_repair_of_leaks_sets_the_flags_that_lower_refcounts_ask_for() {
     assert_eq!(disk.look(IMAGE, |bytes| word(bytes, entry)), Some(word_there));
 }
 
+/// Takes the COPIED flag of four clusters that different refcount blocks count, and counts them
+/// twice.
+fn counted_twice() -> Vec<u8> {
+    let mut bytes = small("cluster_size=512");
+    let offset = |word: u64| usize::try_from(word & 0x00ff_ffff_ffff_fe00).expect("small");
+    let (l1, table) = (offset(word(&bytes, 40)), offset(word(&bytes, 48)));
+    for index in [0, 15, 32, 47] {
+        let entry = offset(word(&bytes, l1 + index * 8));
+        let before = word(&bytes, entry);
+        assert!(before >> 63 == 1, "a private cluster");
+        put(&mut bytes, entry, before & !(1 << 63));
+        let cluster = offset(before) >> 9;
+        let block = offset(word(&bytes, table + (cluster >> 8) * 8));
+        bytes[block + 2 * (cluster & 255) + 1] = 2;
+    }
+    bytes
+}
+
+#[test]
+fn a_repair_of_leaks_that_was_killed_is_finished_by_the_next_one() {
+    let disk = MemDisk::new();
+    disk.add(IMAGE, counted_twice());
+    let found = run(&disk, Repair::None);
+    assert_eq!((found.corruptions, found.leaks), (0, 4), "{found:?}");
+    let engine = disk.engine(0, 1);
+    let (mut crashed, mut seed) = (Vec::new(), 0_u64);
+    let mut step = || {
+        seed += 1;
+        if disk.unsynced_sectors() > 0 {
+            crashed.push(disk.crash(seed));
+        }
+        engine.is_busy() && engine.wait().is_ok()
+    };
+    let repair = check(&engine, IMAGE, FILE, Repair::Leaks);
+    assert!(exec::block_on(repair, &mut step).expect("a repair").is_clean());
+    let mut halfway = 0;
+    for disk in crashed {
+        let left = run(&disk, Repair::None);
+        halfway += u64::from(left.corruptions > 0 && left.leaks > 0);
+        let report = run(&disk, Repair::Leaks);
+        assert!(report.is_clean(), "{left:?} becomes {report:?}");
+        assert!(disk.look(IMAGE, oracle).expect("the image").is_clean());
+    }
+    assert!(halfway > 0, "the power was never cut between two refcounts");
+}
+
 #[test]
 fn version_2_and_images_below_are_not_marked() {
     let mut bytes = small("cluster_size=64k,compat=0.10");

@@ -24,7 +24,8 @@ use crate::storage::host::{self, Aio};
 const EXAMPLES: &str = "\
 The target appears under its name when it is complete and durable. What was there before is
 replaced then, and stays when the copy fails, is interrupted, or killed. With -n, and on a block
-device, bytes are written in place.
+device, bytes are written in place. A data file (-o data_file=FILE) that is there already is emptied
+at the beginning, whatever becomes of the copy.
 
 Examples:
   vhost-user-qcow2 convert -f raw -O qcow2 disk.raw disk.qcow2

@@ -16,7 +16,8 @@ use crate::qcow2::header::Compression;
 use crate::storage::appear::{Appearing, Foreseen};
 
 const EXAMPLES: &str = "\
-A file that is there already is replaced, unless it is in use.
+A file that is there already is replaced, unless it is in use. A data file (-o data_file=FILE) that
+is there already is emptied, even if the image cannot be made.
 
 Examples:
   vhost-user-qcow2 create disk.qcow2 10G

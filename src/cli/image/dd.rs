@@ -91,6 +91,8 @@ impl Dd {
         let copy =
             Copy { arguments: self, tool: &tool, disk: &disk, range: part.range(disk.size()) };
         if in_place {
+            // Nobody is asked when other users of the source are accepted; the target is ours.
+            let _lock = if self.sharing.is_forced() { lock_old(&to)? } else { None };
             return copy.run(&to, None, &interrupts);
         }
         let _lock = lock_old(&to)?;
@@ -139,7 +141,9 @@ impl Copy<'_> {
             steps.set(done, of);
             interrupts.status().is_none()
         };
-        let copied = copy_part(st, self.disk, self.range.clone(), &target, &mut watch);
+        // A block device holds anything, but a qcow2 image shows nothing before it is allocated.
+        let zero = file.is_some() || format == Format::Qcow2;
+        let copied = copy_part(st, self.disk, self.range.clone(), (&target, zero), &mut watch);
         match tool.run(copied).map_err(|error| error.within(to.display()))? {
             Outcome::Complete => {
                 steps.finish();

@@ -147,6 +147,7 @@ fn judge(target: &Target<'_>, cluster: u64, count: u64, seen: Seen, survey: &mut
     }
     let report = &mut survey.report;
     let wrong = if count == 1 { seen.shared } else { seen.copied };
+    survey.flags = survey.flags.saturating_add(wrong);
     report.corrupt(wrong, || {
         let says = if count == 1 { "do not say" } else { "say" };
         format!("cluster {at:#x}: refcount {count}, {wrong} entries {says} COPIED")

@@ -33,7 +33,7 @@
 //! 5. When a second check finds nothing, the dirty and corrupt bits are cleared; sync.
 //!
 //! A crash in between leaves an image that the same repair finishes. A repair of leaks is step 3,
-//! and step 4 where nothing else is wrong.
+//! and step 4 where nothing else is wrong but flags.
 
 mod blocks;
 mod counted;
@@ -159,6 +159,8 @@ struct Survey {
     owners: BTreeMap<u64, u64>,
     /// What refcounts are worth.
     counted: Counted,
+    /// How many of the corruptions are COPIED flags that are wrong, or missing.
+    flags: u64,
 }
 
 impl Survey {
@@ -171,6 +173,7 @@ impl Survey {
             overlapped: BTreeSet::new(),
             owners: BTreeMap::new(),
             counted: Counted::default(),
+            flags: 0,
         }
     }
 
@@ -336,9 +339,9 @@ async fn repair_leaks(
         return Ok(false);
     }
     prepare(target).await?;
-    // Where nothing but leaks is wrong, the only flags that are wrong after it are those that a
-    // refcount of one asks for now.
-    let flags = before.report.corruptions == 0;
+    // Where nothing but leaks and flags is wrong, all references are known: the flags are what a
+    // refcount of one asks for after it, or after a repair that was killed before it set them.
+    let flags = before.report.corruptions == before.flags;
     let stages = if flags { &[Stage::Lower, Stage::Set][..] } else { &[Stage::Lower] };
     each_window(target, View::AS_IS, memory, stages, notes).await?;
     Ok(true)
