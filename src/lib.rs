@@ -46,7 +46,7 @@
 //! 3. Each run of bytes becomes one [`storage::Op::Read`] with the guest's addresses in it: the
 //!    kernel puts the data where the guest wants it, with no copy on the way.
 //! 4. The completion sets the task's ready bit; the task ends; the worker puts the chain on the
-//!    used ring, and tells the guest once for all that ended in this turn.
+//!    used ring with others that end in this turn, and tells the guest of all of them at once.
 //!
 //! # A write
 //!

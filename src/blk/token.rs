@@ -105,7 +105,7 @@ impl Token {
         began[place] = time.saturating_add(1);
     }
 
-    /// Answers the request: the status byte now, the used ring at the end of the worker's turn.
+    /// Answers the request: the status byte now, the used ring when the worker publishes.
     pub fn complete(mut self, status: Status) {
         self.finish(status);
     }
