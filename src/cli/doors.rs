@@ -63,14 +63,13 @@ pub(super) fn check(arguments: &Arguments) -> Result<()> {
 }
 
 impl<'a> Doors<'a> {
-    /// Makes all sockets.
+    /// Makes all sockets. That of the disk comes last: whoever has waited for it finds the others.
     pub(super) fn open(arguments: &Arguments, origin: Origin, inside: &Inside<'a>) -> Result<Self> {
-        let entrance = origin.open()?;
         let takeover = arguments.takeover.as_deref();
         Ok(Self {
-            entrance,
             successors: takeover.map(|path| Listener::bind_for(path, OWNER_ALONE)).transpose()?,
             control: arguments.control.as_deref().map(|path| inside.control(path)).transpose()?,
+            entrance: origin.open()?,
             announced: arguments.listening.announce(None)?,
         })
     }
