@@ -9,9 +9,9 @@
 //! which gets four times as long each time that it happens again and half as long with each
 //! success, so that a guest whose requests are further apart costs a five-hundredth of a processor,
 //! and an idle one nothing. Nor may a guest wait for us to stop: where no processor is idle the
-//! kernel lets whom we have woken run after us, and then most looks are in vain. At most half of the
-//! processors are taken by workers that look, since guests need them too. While the disk works on
-//! something nobody looks: it takes longer than a sleep.
+//! kernel lets whom we have woken run after us, and then most looks are in vain. At most half of
+//! the processors are taken by workers that look, since guests need them too. While the disk works
+//! on something nobody looks: it takes longer than a sleep.
 //!
 //! Where there are more threads than processors, one that never sleeps uses its share up and then
 //! waits for milliseconds until it is its turn again, where one that sleeps is let in at once. So a
