@@ -27,7 +27,7 @@ use super::{Op, sys};
 const PAGE: u64 = 4096;
 /// The most bytes written at once; more would keep a worker's other requests waiting.
 const MOST_WRITTEN: u64 = 1 << 20;
-/// A write that takes longer than this has waited for something.
+/// A write that takes longer than this may have waited for something.
 const SLOW: Duration = Duration::from_micros(500);
 /// How long after a slow write others are asked whether they have waited. A host that slows its
 /// writers down lets one wait after some hundred others.
