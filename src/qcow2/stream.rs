@@ -11,6 +11,7 @@ use crate::qcow2::create::{CreateOptions, Preallocation, header};
 use crate::qcow2::format::{COPIED, ZERO};
 use crate::qcow2::layout::Layout;
 use crate::qcow2::packing::{Counts, Packed, Place, Placer};
+use crate::sync::Arc;
 
 /// What a run of guest clusters is.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -27,7 +28,7 @@ pub struct StreamLayout {
     options: CreateOptions,
     layout: Layout,
     /// In order, none empty.
-    runs: Vec<StreamRun>,
+    runs: Arc<Vec<StreamRun>>,
     /// The L2 tables that there are: the L1 entry, the first run that it tells of, and how many
     /// data clusters lie before those of the table.
     tables: Vec<(u64, usize, u64)>,
@@ -50,7 +51,8 @@ impl StreamLayout {
     /// # Errors
     /// `Refused` when the layout is out of range, or has something that is not written from front
     /// to back.
-    pub fn new(options: &CreateOptions, runs: Vec<StreamRun>) -> Result<Self> {
+    pub fn new(options: &CreateOptions, runs: impl Into<Arc<Vec<StreamRun>>>) -> Result<Self> {
+        let runs = runs.into();
         let refuse = |why: &str| Err(Error::refused("streaming an image", why));
         options.check()?;
         if options.data_file.is_some() {
@@ -119,7 +121,7 @@ impl StreamLayout {
         })
     }
 
-    fn place(options: &CreateOptions, runs: Vec<StreamRun>) -> Option<Self> {
+    fn place(options: &CreateOptions, runs: Arc<Vec<StreamRun>>) -> Option<Self> {
         let empty = Layout::new(options)?;
         let in_table = empty.entries_in_table();
         let (mut tables, mut data_clusters) = (Vec::<(u64, usize, u64)>::new(), 0_u64);

@@ -1,7 +1,7 @@
 //! A compressed image, written from front to back.
 //!
 //! Its tables come first and say how long every compressed cluster is, so that everything is
-//! compressed twice: once for the lengths, of which four bytes for each cluster are kept, and once
+//! compressed twice: once for the lengths, of which eight bytes for each cluster are kept, and once
 //! for the bytes. A disk that changes in between is found out, and refused.
 
 use crate::error::Result;

@@ -12,10 +12,14 @@ use crate::image::convert::{CHUNK, MakeEngine, Options, Outcome};
 use crate::qcow2::create::CreateOptions;
 use crate::qcow2::stream::{StreamLayout, StreamRun};
 use crate::storage::{Engine, block_on};
-use crate::sync::{Mutex, lock};
+use crate::sync::{Arc, Mutex, lock};
 
 /// Zeros are written in pieces of at most this many bytes.
 const ZEROS: usize = 64 << 10;
+
+/// An image is streamed that has at most so many runs of data and zeros, which take 24 bytes each:
+/// its tables come first, so that all of them have to be known.
+const MOST_RUNS: usize = 1 << 24;
 
 /// What takes the bytes of a stream.
 pub type Output = Box<dyn Write + Send>;
@@ -124,7 +128,8 @@ pub fn stream(
     };
     let runs = block_on(engine, runs(engine, &mut scanner, (unit, size)))?;
     let layout = CreateOptions { size, ..layout.clone() };
-    let tables = StreamLayout::new(&layout, runs.clone())?;
+    let runs = Arc::new(runs);
+    let tables = StreamLayout::new(&layout, Arc::clone(&runs))?;
     let work = Work { sources, runs, units: (unit, size), chunk: cut.chunk, options, make };
     // Where no two clusters can share one, there is no use in compressing them.
     if options.compress && layout.refcount_order > 0 {
@@ -136,7 +141,7 @@ pub fn stream(
 /// An image that is written to a stream: what is known of it before.
 pub(super) struct Work<'a> {
     pub(super) sources: &'a [Image],
-    runs: Vec<StreamRun>,
+    runs: Arc<Vec<StreamRun>>,
     /// Bytes of a cluster, and of the disk.
     pub(super) units: (u64, u64),
     pub(super) chunk: u64,
@@ -215,7 +220,7 @@ impl Iterator for Jobs<'_> {
     }
 }
 
-/// What the image will hold, in clusters.
+/// What the image will hold, in clusters; refused when that is more than [`MOST_RUNS`] runs.
 async fn runs(
     engine: &dyn Engine,
     scanner: &mut Scanner<'_>,
@@ -225,16 +230,26 @@ async fn runs(
     while let Some(job) = scanner.next(engine).await? {
         for Piece { at, len, work } in job.pieces {
             let clusters = at / unit..(at + len).min(size).div_ceil(unit);
-            let zero = work == Kind::Zero;
-            match runs.last_mut() {
-                Some(last) if last.zero == zero && last.clusters.end == clusters.start => {
-                    last.clusters.end = clusters.end;
-                }
-                _ => runs.push(StreamRun { clusters, zero }),
-            }
+            add(&mut runs, StreamRun { clusters, zero: work == Kind::Zero }, MOST_RUNS)?;
         }
     }
     Ok(runs)
+}
+
+/// Adds what comes next, as long as there are no more than `most` runs.
+fn add(runs: &mut Vec<StreamRun>, next: StreamRun, most: usize) -> Result<()> {
+    let full = runs.len() >= most;
+    match runs.last_mut() {
+        Some(last) if last.zero == next.zero && last.clusters.end == next.clusters.start => {
+            last.clusters.end = next.clusters.end;
+        }
+        _ if full => {
+            let why = format!("the disk has more than {most} runs of data; convert it to a file");
+            return Err(Error::refused("streaming an image", why));
+        }
+        _ => runs.push(next),
+    }
+    Ok(())
 }
 
 /// The pieces of a run of clusters, none longer than a chunk.
@@ -250,4 +265,22 @@ fn pieces(
         at += len;
         (len > 0).then_some(piece)
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_stream_of_too_many_runs_is_refused() {
+        let mut runs = Vec::new();
+        let run = |number: u64, zero| StreamRun { clusters: number..number + 1, zero };
+        for (number, zero) in [(0, false), (2, false), (3, false), (4, true), (5, true)] {
+            add(&mut runs, run(number, zero), 3).expect("three runs");
+        }
+        assert_eq!(runs[1], StreamRun { clusters: 2..4, zero: false });
+        add(&mut runs, run(6, false), 3).expect_err("a fourth one");
+        add(&mut runs, run(7, true), 3).expect_err("a gap");
+        assert_eq!(runs.len(), 3);
+    }
 }
