@@ -15,7 +15,7 @@ use crate::error::{Error, Result};
 use crate::image::convert::{self, Options, Outcome};
 use crate::image::make::NewImage;
 use crate::image::{Format, Image, OpenOptions};
-use crate::qcow2::bitmap::BitmapFacts;
+use crate::qcow2::bitmap::StoredBitmap;
 use crate::qcow2::create::Preallocation;
 use crate::storage::appear::{Appearing, Foreseen};
 use crate::storage::files::Options as FileOptions;
@@ -112,7 +112,7 @@ pub struct Convert {
     #[arg(long)]
     bitmaps: bool,
 
-    /// Leave bitmaps out that are inconsistent or of a kind that is not known
+    /// Leave bitmaps out that are inconsistent, cannot be read, or are of a kind that is not known
     #[arg(long, requires = "bitmaps")]
     skip_broken_bitmaps: bool,
 
@@ -163,7 +163,9 @@ impl Convert {
         let interrupts = Interrupts::watch()?;
         let sources = tool.run(self.open_sources(&tool, sources))?;
         let new = NewImage { size: Some(new.size.unwrap_or(convert::size(&sources)?)), ..new };
-        let copy = Copy { arguments: self, tool: &tool, interrupts: &interrupts };
+        let mut copy =
+            Copy { arguments: self, tool: &tool, interrupts: &interrupts, bitmaps: Vec::new() };
+        copy.bitmaps = copy.find_bitmaps(&sources, target, &new)?;
         if streams {
             copy.convert_to_stream(&sources, &new)
         } else if in_place {
@@ -261,6 +263,8 @@ struct Copy<'a> {
     arguments: &'a Convert,
     tool: &'a Tool,
     interrupts: &'a Interrupts,
+    /// The bitmaps that the target gets when everything else is there.
+    bitmaps: Vec<StoredBitmap>,
 }
 
 impl Copy<'_> {
@@ -347,7 +351,11 @@ impl Copy<'_> {
     ) -> Result<u8> {
         let files = &self.tool.files;
         let options = self.arguments.options(new, zero);
-        let bitmaps = self.bitmaps(sources, target)?;
+        let bitmaps = &self.bitmaps;
+        if !bitmaps.is_empty() {
+            let fit = convert::check_bitmaps(&*self.tool.engine, &sources[0], bitmaps, target);
+            self.tool.run(fit)?;
+        }
         let status = self.watched(sources, false, |watch| {
             let make = |lane| host::engine(Aio::Auto, files, lane);
             convert::convert(sources, target, &options, &*self.tool.engine, &make, watch)
@@ -357,15 +365,20 @@ impl Copy<'_> {
         }
         let mut goes_on = || self.interrupts.status().is_none();
         let st = &*self.tool.engine;
-        let copied = convert::copy_bitmaps(st, &sources[0], &bitmaps, target, &mut goes_on);
+        let copied = convert::copy_bitmaps(st, &sources[0], bitmaps, target, &mut goes_on);
         Ok(match self.tool.run(copied)? {
             Outcome::Complete => 0,
             Outcome::Stopped => self.interrupts.status().unwrap_or(1),
         })
     }
 
-    /// The bitmaps that the target gets when everything else is there.
-    fn bitmaps(&self, sources: &[Image], target: &Image) -> Result<Vec<BitmapFacts>> {
+    /// Finds out which bitmaps the target gets, before anything of it is touched.
+    fn find_bitmaps(
+        &self,
+        sources: &[Image],
+        target: &Path,
+        new: &NewImage,
+    ) -> Result<Vec<StoredBitmap>> {
         let [source] = sources else { return Ok(Vec::new()) };
         if !self.arguments.bitmaps {
             return Ok(Vec::new());
@@ -381,7 +394,10 @@ impl Copy<'_> {
             }
             eprintln!("vhost-user-qcow2: {path}: {what}, and is left out");
         }
-        self.tool.run(convert::check_bitmaps(st, source, &found.usable, target))?;
+        if let (false, Some(size)) = (self.arguments.existing, new.size) {
+            let name = target.display().to_string();
+            convert::check_fit(source, &name, new.layout.version, size)?;
+        }
         Ok(found.usable)
     }
 

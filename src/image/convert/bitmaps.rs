@@ -1,24 +1,28 @@
 //! Persistent bitmaps of a disk, in a copy of it: what has changed since the last backup goes with
 //! the bytes.
 
+use std::collections::HashSet;
+
 use crate::error::{Error, Result};
 use crate::image::Image;
 use crate::image::chain::Layer;
 use crate::image::watch::Outcome;
 use crate::qcow2::Qcow2;
-use crate::qcow2::bitmap::{BitmapEdit, BitmapFacts, MergeSource, load_bitmap, read_bitmaps};
+use crate::qcow2::bitmap::{BitmapEdit, MergeSource, StoredBitmap, read_bitmaps, stored_bitmaps};
 use crate::storage::Storage;
 
 /// Bitmaps are stored together whose bits have so many bytes, and at least one.
 const TOGETHER: u64 = 32 << 20;
+/// Most bytes of tables and bits, over all bitmaps, that are looked at before a copy.
+const MOST: u64 = 1 << 30;
 
 /// The bitmaps of a disk that is copied.
 #[derive(Debug, Clone, Default)]
 pub struct SourceBitmaps {
     /// Those that can be copied, in the order in which the image has them.
-    pub usable: Vec<BitmapFacts>,
+    pub usable: Vec<StoredBitmap>,
     /// The names of those that cannot, each with why.
-    pub broken: Vec<(String, &'static str)>,
+    pub broken: Vec<(String, String)>,
 }
 
 fn qcow2(image: &Image) -> Result<&Qcow2> {
@@ -28,22 +32,51 @@ fn qcow2(image: &Image) -> Result<&Qcow2> {
     }
 }
 
-/// The bitmaps of the top layer of `source`.
+/// The bitmaps of the top layer of `source`. Each is read, so that whoever replaces something by a
+/// copy knows before what the copy will hold.
 ///
 /// # Errors
 /// `Refused` when that is a raw image; when the list of bitmaps cannot be read.
 pub async fn source_bitmaps(st: &dyn Storage, source: &Image) -> Result<SourceBitmaps> {
     let top = qcow2(source)?;
-    let all = read_bitmaps(st, top.file(), top.header()).await;
-    let mut bitmaps = SourceBitmaps::default();
+    let (file, header) = (top.file(), top.header());
+    let all = stored_bitmaps(st, file, header).await;
+    let (mut bitmaps, mut bytes) = (SourceBitmaps::default(), 0_u64);
     for bitmap in all.map_err(|error| error.within(&source.name))? {
-        let inconsistent = "it is inconsistent, since it was in use when a program died";
-        match bitmap.obstacle.or(bitmap.in_use.then_some(inconsistent)) {
-            Some(why) => bitmaps.broken.push((bitmap.name, why)),
-            None => bitmaps.usable.push(bitmap),
+        let name = bitmap.facts().name;
+        let mut obstacle = bitmap.obstacle(header.size);
+        if obstacle.is_none() {
+            bytes = bytes.saturating_add(bitmap.cost(header.size));
+            let large = "it and those before it are larger than 1 GiB together";
+            obstacle = (bytes > MOST).then_some(large);
+        }
+        if let Some(why) = obstacle {
+            bitmaps.broken.push((name, why.to_owned()));
+            continue;
+        }
+        match bitmap.load(st, file, header).await {
+            Ok(_) => bitmaps.usable.push(bitmap),
+            Err(error) => bitmaps.broken.push((name, error.to_string())),
         }
     }
     Ok(bitmaps)
+}
+
+/// Refuses a new target of that version and size in bytes that could not get the bitmaps of
+/// `source`, before it is made.
+///
+/// # Errors
+/// `Refused` with what is in the way.
+pub fn check_fit(source: &Image, name: &str, version: u32, size: u64) -> Result<()> {
+    let from = qcow2(source)?.header().size;
+    let refuse = |why: String| Err(Error::refused(name, why));
+    if version < 3 {
+        return refuse("a version 2 image (compat=0.10) has no bitmaps".to_owned());
+    }
+    if from != size {
+        return refuse(format!("bitmaps of a disk of {from} bytes do not fit one of {size} bytes"));
+    }
+    Ok(())
 }
 
 /// Refuses a target that cannot get `bitmaps`, before anything is copied.
@@ -53,26 +86,19 @@ pub async fn source_bitmaps(st: &dyn Storage, source: &Image) -> Result<SourceBi
 pub async fn check_bitmaps(
     st: &dyn Storage,
     source: &Image,
-    bitmaps: &[BitmapFacts],
+    bitmaps: &[StoredBitmap],
     target: &Image,
 ) -> Result<()> {
-    let (from, to) = (qcow2(source)?, qcow2(target)?);
-    let refuse = |why: String| Err(Error::refused(&*target.name, why));
-    if to.header().version < 3 {
-        return refuse("a version 2 image (compat=0.10) has no bitmaps".to_owned());
-    }
-    let sizes = (from.header().size, to.header().size);
-    if sizes.0 != sizes.1 {
-        return refuse(format!(
-            "bitmaps of a disk of {} bytes do not fit one of {} bytes",
-            sizes.0, sizes.1
-        ));
-    }
+    let to = qcow2(target)?;
+    check_fit(source, &target.name, to.header().version, to.header().size)?;
     let own = read_bitmaps(st, to.file(), to.header()).await;
     let own = own.map_err(|error| error.within(&target.name))?;
-    let same = own.iter().find(|own| bitmaps.iter().any(|bitmap| bitmap.name == own.name));
-    match same {
-        Some(bitmap) => refuse(format!("it has a bitmap called {:?} already", bitmap.name)),
+    let names: HashSet<String> = bitmaps.iter().map(|bitmap| bitmap.facts().name).collect();
+    match own.iter().find(|own| names.contains(&own.name)) {
+        Some(bitmap) => {
+            let why = format!("it has a bitmap called {:?} already", bitmap.name);
+            Err(Error::refused(&*target.name, why))
+        }
         None => Ok(()),
     }
 }
@@ -81,11 +107,11 @@ pub async fn check_bitmaps(
 /// they are enabled, and bits. Between two of them `goes_on` says whether to.
 ///
 /// # Errors
-/// As [`load_bitmap`] and [`Qcow2::edit_bitmaps`]; some may have been copied then.
+/// As [`StoredBitmap::load`] and [`Qcow2::edit_bitmaps`]; some may have been copied then.
 pub async fn copy_bitmaps(
     st: &dyn Storage,
     source: &Image,
-    bitmaps: &[BitmapFacts],
+    bitmaps: &[StoredBitmap],
     target: &mut Image,
     goes_on: &mut dyn FnMut() -> bool,
 ) -> Result<Outcome> {
@@ -95,17 +121,18 @@ pub async fn copy_bitmaps(
         if !goes_on() {
             return Ok(Outcome::Stopped);
         }
-        let name = || bitmap.name.clone();
-        let loaded = load_bitmap(st, from.file(), from.header(), &bitmap.name).await;
+        let facts = bitmap.facts();
+        let name = || facts.name.clone();
+        let loaded = bitmap.load(st, from.file(), from.header()).await;
         let loaded = loaded.map_err(|error| error.within(&source.name))?;
         if bytes + loaded.bytes() > TOGETHER {
             store(st, target, std::mem::take(&mut edits)).await?;
             bytes = 0;
         }
         bytes += loaded.bytes();
-        edits.push(BitmapEdit::Add { name: name(), granularity: Some(bitmap.granularity) });
+        edits.push(BitmapEdit::Add { name: name(), granularity: Some(facts.granularity) });
         edits.push(BitmapEdit::Merge { name: name(), source: MergeSource::Loaded(loaded) });
-        if !bitmap.auto {
+        if !facts.auto {
             edits.push(BitmapEdit::Disable(name()));
         }
     }

@@ -29,7 +29,7 @@ use crate::image::convert::work::Board;
 use crate::storage::{Engine, Storage, block_on};
 
 pub use crate::image::watch::Outcome;
-pub use bitmaps::{SourceBitmaps, check_bitmaps, copy_bitmaps, source_bitmaps};
+pub use bitmaps::{SourceBitmaps, check_bitmaps, check_fit, copy_bitmaps, source_bitmaps};
 pub use stream::{Output, stream};
 
 /// Bytes that are read at once.

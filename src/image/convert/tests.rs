@@ -4,6 +4,7 @@ use super::*;
 use crate::bytes::GuestOffset;
 use crate::image::make::{NewImage, make};
 use crate::image::{Format, OpenOptions};
+use crate::qcow2::bitmap::{BitmapEdit, read_bitmaps};
 use crate::qcow2::check::{Repair, check};
 use crate::qcow2::create::CreateOptions;
 use crate::storage::fault::{Fate, Fault, Faults, Rule};
@@ -175,4 +176,44 @@ fn who_says_no_is_listened_to() {
     assert_eq!(outcome.expect("no failure"), Outcome::Stopped);
     drop(target);
     place.assert_sound("copy");
+}
+
+#[test]
+fn a_bitmap_that_cannot_be_copied_is_found_out_before_anything_is() {
+    let place = Place::new();
+    let mut source = place.make("source", &CreateOptions::new(SIZE as u64));
+    let names = ["sound", "coarse", "strange", "longer"];
+    let add = |name: &&str| BitmapEdit::Add { name: (*name).to_owned(), granularity: None };
+    let edits = names.iter().map(add).collect();
+    let st = &*place.engine;
+    let edited = source.top_qcow2().expect("qcow2").edit_bitmaps(st, edits);
+    block_on(st, edited).expect("bitmaps");
+    drop(source);
+    let path = place.path("source");
+    let mut bytes = std::fs::read(&path).expect("the image");
+    let entry = |name: &str, bytes: &[u8]| {
+        let found = bytes.windows(name.len()).position(|window| window == name.as_bytes());
+        found.expect("a bitmap") - 24
+    };
+    let at = entry("coarse", &bytes);
+    bytes[at + 17] = 40;
+    let at = entry("strange", &bytes);
+    bytes[at + 24] = 0xff;
+    let at = entry("longer", &bytes);
+    bytes[at + 11] += 1;
+    std::fs::write(&path, bytes).expect("the image");
+    let source = place.open(&path, Format::Qcow2, true);
+    let found = block_on(st, source_bitmaps(st, &source)).expect("a directory");
+    assert_eq!(found.broken.len(), 3, "{found:?}");
+    let mut target = place.make("copy", &CreateOptions::new(SIZE as u64));
+    let fit = check_bitmaps(st, &source, &found.usable, &target);
+    block_on(st, fit).expect("they fit");
+    let copied = copy_bitmaps(st, &source, &found.usable, &mut target, &mut || true);
+    assert_eq!(block_on(st, copied).expect("the rest is copied"), Outcome::Complete);
+    let top = target.top_qcow2().expect("qcow2");
+    let own = block_on(st, read_bitmaps(st, top.file(), top.header())).expect("a directory");
+    assert_eq!(own.iter().map(|own| &*own.name).collect::<Vec<_>>(), ["sound"]);
+    for (version, size) in [(2, SIZE as u64), (3, 2 * SIZE as u64)] {
+        check_fit(&source, "copy", version, size).expect_err("it would not fit");
+    }
 }

@@ -83,6 +83,8 @@ pub(super) struct Entry {
     pub(super) granularity_bits: u32,
     /// The name, in a form that can be shown.
     pub(super) name: String,
+    /// The name is not as it is stored, which is no UTF-8.
+    pub(super) renamed: bool,
     flags: u32,
     kind: u8,
     extra: usize,
@@ -167,6 +169,7 @@ fn entry(bytes: &[u8], start: usize) -> Result<(Entry, &[u8], usize), &'static s
         table_entries: u64::from(half(8)?),
         granularity_bits,
         name: String::from_utf8_lossy(name).into_owned(),
+        renamed: std::str::from_utf8(name).is_err(),
         flags: half(12)?,
         kind,
         extra,

@@ -20,7 +20,7 @@ use crate::qcow2::rewrite::{Bits as FeatureBits, HeaderChange};
 use crate::storage::{Buf, FileId, Op, Purpose, Storage};
 
 /// log2 of the smallest and of the largest granularity in bytes of a new bitmap.
-const GRANULARITIES: std::ops::RangeInclusive<u32> = 9..=31;
+pub(super) const GRANULARITIES: std::ops::RangeInclusive<u32> = 9..=31;
 
 /// One change of an image's bitmaps.
 #[derive(Debug)]
@@ -61,8 +61,8 @@ pub enum MergeSource {
 
 /// The bits of a bitmap, in memory.
 pub struct LoadedBitmap {
-    size: u64,
-    bits: Bits,
+    pub(super) size: u64,
+    pub(super) bits: Bits,
 }
 
 impl std::fmt::Debug for LoadedBitmap {
@@ -130,7 +130,12 @@ fn refuse_unusable(draft: &Draft, name: &str) -> Result<()> {
     }
 }
 
-async fn read_at(st: &dyn Storage, file: FileId, at: HostOffset, len: u64) -> Result<Vec<u8>> {
+pub(super) async fn read_at(
+    st: &dyn Storage,
+    file: FileId,
+    at: HostOffset,
+    len: u64,
+) -> Result<Vec<u8>> {
     let buf = Buf::zeroed(usize::try_from(len).expect("tables are bounded"));
     let done = st.submit(file, Purpose::BitmapLoad, Op::Read { at, buf: buf.clone() }).await;
     done.map_err(|source| Error::io("reading the image's bitmaps", source))?;
@@ -156,29 +161,52 @@ async fn read(st: &dyn Storage, file: FileId, header: &Header) -> Result<Vec<Dra
         if tables > super::TABLES_LIMIT {
             return refuse("the tables of the image's bitmaps are too large".to_owned());
         }
-        let words = read_at(st, file, entry.table_at, len).await?;
-        let parse = |index: u64| {
-            let at = usize::try_from(index * 8).unwrap_or(usize::MAX);
-            Part::parse(be64(&words, at).unwrap_or_default(), index, cluster)
-        };
-        let parts = (0..entry.table_entries).map(parse).collect::<std::result::Result<_, _>>();
         drafts.push(Draft {
             entry: bytes[entry.start..end].to_vec(),
             parsed: entry.clone(),
-            table: Some(Table { at: entry.table_at, parts: parts.map_err(wrong)? }),
+            table: Some(Table {
+                at: entry.table_at,
+                parts: read_table(st, file, cluster, entry).await?,
+            }),
             bits: None,
         });
     }
     Ok(drafts)
 }
 
+/// The table of one bitmap, whose length was looked at.
+pub(super) async fn read_table(
+    st: &dyn Storage,
+    file: FileId,
+    cluster: u64,
+    entry: &Entry,
+) -> Result<Vec<Part>> {
+    let words = read_at(st, file, entry.table_at, entry.table_entries * 8).await?;
+    let parse = |index: u64| {
+        let at = usize::try_from(index * 8).unwrap_or(usize::MAX);
+        Part::parse(be64(&words, at).unwrap_or_default(), index, cluster)
+    };
+    let parts = (0..entry.table_entries).map(parse).collect::<std::result::Result<_, _>>();
+    parts.map_err(|kind| Error::corrupt("bitmap directory", kind))
+}
+
 /// The bits of one bitmap as they are in the image.
 async fn read_bits(st: &dyn Storage, file: FileId, header: &Header, draft: &Draft) -> Result<Bits> {
-    let cluster = header.geometry.cluster_size();
-    let bits = new_bits(header.size, draft.parsed.granularity_bits)?;
     let parts = draft.table.as_ref().map_or([].as_slice(), |table| &table.parts);
+    read_parts(st, file, header, (&draft.parsed, parts)).await
+}
+
+/// The bits that a table leads to.
+pub(super) async fn read_parts(
+    st: &dyn Storage,
+    file: FileId,
+    header: &Header,
+    (entry, parts): (&Entry, &[Part]),
+) -> Result<Bits> {
+    let cluster = header.geometry.cluster_size();
+    let bits = new_bits(header.size, entry.granularity_bits)?;
     if parts.len() as u64 != bits.clusters(cluster) {
-        let name = &draft.parsed.name;
+        let name = &entry.name;
         return refuse(format!("the table of {name:?} does not fit the disk's size; remove it"));
     }
     for (number, part) in (0..).zip(parts) {

@@ -19,11 +19,13 @@ mod distrust;
 mod edit;
 mod load;
 mod store;
+mod stored;
 
 use std::io;
 
 pub(super) use distrust::distrust;
 pub use edit::{BitmapEdit, LoadedBitmap, MergeSource, load_bitmap};
+pub use stored::{StoredBitmap, stored_bitmaps};
 
 use crate::bytes::HostOffset;
 use crate::error::{Error, Result};
@@ -110,6 +112,15 @@ pub async fn read_bitmaps(
     file: FileId,
     header: &Header,
 ) -> Result<Vec<BitmapFacts>> {
+    Ok(read_entries(st, file, header).await?.iter().map(directory::Entry::facts).collect())
+}
+
+/// The entries of the directory; none where the bitmaps are not valid.
+async fn read_entries(
+    st: &dyn Storage,
+    file: FileId,
+    header: &Header,
+) -> Result<Vec<directory::Entry>> {
     if header.autoclear & AUTOCLEAR_BITMAPS == 0 || header.bitmaps.is_empty() {
         return Ok(Vec::new());
     }
@@ -119,8 +130,7 @@ pub async fn read_bitmaps(
     let read = Op::Read { at: place.at, buf: buf.clone() };
     let done = st.submit(file, Purpose::BitmapLoad, read).await;
     done.map_err(|source| Error::io("reading the image's bitmaps", source))?;
-    let entries = directory::parse(&buf.to_vec(), place).map_err(wrong)?;
-    Ok(entries.iter().map(directory::Entry::facts).collect())
+    directory::parse(&buf.to_vec(), place).map_err(wrong)
 }
 
 impl Bitmaps {
