@@ -9,7 +9,7 @@ use crate::image::chain::Layer;
 use crate::image::gate::{Format, Gate, OpenOptions};
 use crate::image::watch::{Outcome, Watch};
 use crate::qcow2::bitmap::{BitmapEdit, LoadedBitmap, MergeSource, load_bitmap};
-use crate::qcow2::{Amend, StatusKind, check};
+use crate::qcow2::{Amend, NewSize, StatusKind, check};
 use crate::storage::{Buf, FileSource, Storage};
 
 /// Zeros are written in pieces of at most this many bytes.
@@ -47,6 +47,42 @@ pub async fn amend(
     }
     image.top_qcow2()?.amend(st, amend).await.map_err(within)?;
     Ok(Outcome::Complete)
+}
+
+/// Whether the image at `path` can be changed so, get refcounts of `1 << order` bits, and then get
+/// a disk of `size` bytes, of those that are asked for; opening it repairs what a crash has left of
+/// late refcounts, and nothing else is changed.
+///
+/// # Errors
+/// As [`amend`] and [`resize`](super::resize), when one of them would be refused.
+pub async fn check_changes(
+    st: &dyn Storage,
+    source: &dyn FileSource,
+    path: &Path,
+    options: &OpenOptions,
+    amend: &Amend,
+    (order, size): (Option<u32>, Option<u64>),
+) -> Result<()> {
+    let within = |error: Error| error.within(path.display());
+    let down = amend.version.is_some_and(|version| version < 3);
+    // What the image refers to need not be there when that is changed. How long a backing file is
+    // matters to version 2 alone.
+    let renamed = amend.backing.is_some() || amend.data_file.is_some();
+    let mut image = if down || (size.is_some() && amend.version.is_none() && !renamed) {
+        Image::open(st, source, path, options).await?
+    } else {
+        Gate::new(st, source, path, options)?.open_alone(path).await?
+    };
+    let backing_length = image.chain.0.get(1).map(Layer::size);
+    let top = image.top_qcow2().map_err(within)?;
+    let order = order.unwrap_or(top.header().geometry.refcount_order);
+    top.check_amend_after(amend, order).map_err(within)?;
+    if let Some(size) = size {
+        let version = amend.version.unwrap_or(top.header().version);
+        let new = NewSize { size, shrink: false, backing_length };
+        top.check_resize_after(st, new, version).await.map_err(within)?;
+    }
+    image.close(st).await.map_err(within)
 }
 
 /// Gives the image at `path` refcounts of `1 << order` bits; nothing else is opened. `progress` is

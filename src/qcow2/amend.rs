@@ -85,6 +85,14 @@ impl Qcow2 {
     /// # Errors
     /// `Refused` with what is in the way and what would help.
     pub fn check_amend(&self, amend: &Amend) -> Result<()> {
+        self.check_amend_after(amend, self.geometry.refcount_order)
+    }
+
+    /// As [`Qcow2::check_amend`], when refcounts have become `1 << order` bits wide.
+    ///
+    /// # Errors
+    /// As [`Qcow2::check_amend`].
+    pub fn check_amend_after(&self, amend: &Amend, order: u32) -> Result<()> {
         let version = amend.version.unwrap_or(self.header.version);
         if version < 3 && amend.lazy_refcounts == Some(true) {
             return refuse("lazy refcounts need version 3 (compat=1.1)");
@@ -112,7 +120,7 @@ impl Qcow2 {
                 return Err(Error::refused("amend", why));
             }
         }
-        if self.geometry.refcount_order != 4 {
+        if order != 4 {
             return refuse("version 2 (compat=0.10) has refcounts of 16 bits; convert the image");
         }
         if self.header.snapshots > 0 {

@@ -75,6 +75,19 @@ impl Qcow2 {
     /// # Errors
     /// `Refused` or `Unsupported` with what is in the way and what would help.
     pub async fn check_resize(&self, st: &dyn Storage, new: NewSize) -> Result<()> {
+        self.check_resize_after(st, new, self.header.version).await
+    }
+
+    /// As [`Qcow2::check_resize`], when the image has become one of that version.
+    ///
+    /// # Errors
+    /// As [`Qcow2::check_resize`].
+    pub async fn check_resize_after(
+        &self,
+        st: &dyn Storage,
+        new: NewSize,
+        version: u32,
+    ) -> Result<()> {
         let refuse = |why: String| Err(Error::refused("resize", why));
         let (old, size) = (self.size(), new.size);
         self.check_poison()?;
@@ -109,7 +122,7 @@ impl Qcow2 {
             );
         }
         let uncovered = !new.uncovered(round_up(old, self.cluster_size())).is_empty();
-        if self.header.version < 3 && uncovered {
+        if version < 3 && uncovered {
             return refuse(
                 "the backing file is longer than the disk and would show through: version 2 \
                  cannot mark clusters as zeros; upgrade with amend -o compat=1.1"

@@ -12,7 +12,7 @@ use crate::cli::progress::{Reporting, Steps};
 use crate::cli::size;
 use crate::error::{Error, Result};
 use crate::image;
-use crate::image::amend::{amend, amend_refcounts};
+use crate::image::amend::{amend, amend_refcounts, check_changes};
 use crate::image::inspect::inspect;
 use crate::image::watch::Outcome;
 use crate::qcow2::Amend as Change;
@@ -83,8 +83,11 @@ impl Amend {
         let asked = Asked::parse(&words, &header)?;
         let interrupts = Interrupts::watch()?;
         let mut steps = self.reporting.steps("amend", self.quiet);
-        // Version 2 has one width only.
-        if let Some(order) = asked.refcount_order.filter(|_| asked.goes_down) {
+        self.check(path, &asked)?;
+        // Version 2 has one width only. Elsewhere refcounts come first, so that nothing has been
+        // changed when they are not right and refused.
+        let width_first = header.version >= 3;
+        if let Some(order) = asked.refcount_order.filter(|_| width_first) {
             self.change_refcounts(path, order, &mut steps)?;
         }
         if asked.change != Change::default()
@@ -93,7 +96,7 @@ impl Amend {
             drop(steps);
             return Ok(stopped(path, &interrupts));
         }
-        if let Some(order) = asked.refcount_order.filter(|_| !asked.goes_down) {
+        if let Some(order) = asked.refcount_order.filter(|_| !width_first) {
             self.change_refcounts(path, order, &mut steps)?;
         }
         if let Some(size) = asked.size {
@@ -103,6 +106,14 @@ impl Amend {
         }
         steps.finish();
         Ok(0)
+    }
+
+    /// Refuses what cannot be done, before anything is.
+    fn check(&self, path: &Path, asked: &Asked) -> Result<()> {
+        let (tool, options) = (Tool::new()?, self.opening.options());
+        let (st, source) = (&*tool.engine, &*tool.files);
+        let rest = (asked.refcount_order, asked.size);
+        tool.run(check_changes(st, source, path, &options, &asked.change, rest))
     }
 
     fn change_header(
@@ -150,8 +161,6 @@ struct Asked {
     /// log2 of the width of refcounts in bits.
     refcount_order: Option<u32>,
     size: Option<u64>,
-    /// Whether an image of version 3 becomes one of version 2.
-    goes_down: bool,
 }
 
 impl Asked {
@@ -171,7 +180,6 @@ impl Asked {
         }
         let now = header.geometry.refcount_order;
         let version = asked.change.version.unwrap_or(header.version);
-        asked.goes_down = version < header.version;
         if version < 3 && asked.refcount_order.unwrap_or(now) != 4 {
             let why =
                 "version 2 (compat=0.10) has refcounts of 16 bits; say refcount_bits=16 with it";
@@ -224,4 +232,56 @@ fn stays(header: &Header, name: &str, value: &str) -> Result<()> {
 
 fn refuse<T>(name: &str, why: impl Into<Box<str>>) -> Result<T> {
     Err(Error::refused(format!("option {name}"), why))
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+    use crate::image::Format;
+    use crate::image::make::{NewImage, make};
+    use crate::qcow2::create::CreateOptions;
+
+    #[derive(Parser)]
+    struct Line {
+        #[command(flatten)]
+        amend: Amend,
+    }
+
+    #[test]
+    fn what_is_refused_changes_nothing_of_what_was_asked_for_with_it() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let path = directory.path().join("disk.qcow2");
+        let new = NewImage {
+            format: Format::Qcow2,
+            size: Some(2 << 20),
+            layout: CreateOptions { refcount_order: 3, ..CreateOptions::new(2 << 20) },
+            replace: false,
+            trust_backing: false,
+        };
+        let tool = Tool::new().expect("a tool");
+        let options = crate::image::OpenOptions::default();
+        let made = make(&*tool.engine, &*tool.files, &path, &new, &options);
+        tool.run(made).expect("make");
+        drop(tool);
+        let run = |what: &str| {
+            let image = path.to_str().expect("a name");
+            Line::parse_from(["amend", "-q", "-o", what, image]).amend.run()
+        };
+        let before = std::fs::read(&path).expect("the image");
+        for what in [
+            "lazy_refcounts=on,size=1M",
+            "refcount_bits=64,size=1M",
+            "refcount_bits=16,compat=0.10,size=1000",
+            "refcount_bits=16,compat=0.10,lazy_refcounts=on",
+            "refcount_bits=16,data_file=none",
+        ] {
+            run(what).expect_err(what);
+            assert!(std::fs::read(&path).expect("the image") == before, "{what}");
+        }
+        assert_eq!(run("refcount_bits=16,compat=0.10,size=4M").expect("down"), 0);
+        assert_eq!(run("refcount_bits=64,compat=1.1,size=6M").expect("up"), 0);
+        assert!(std::fs::read(&path).expect("the image") != before);
+    }
 }
