@@ -193,6 +193,27 @@ fn overlaps(one: &Range<u64>, other: &Range<u64>) -> bool {
     one.start < other.end && other.start < one.end
 }
 
+/// The same bytes as ranges that are in order and do not touch. A chain may name a thousand, and
+/// there are dozens of chains.
+fn joined(mut ranges: Vec<Range<u64>>) -> Vec<Range<u64>> {
+    ranges.retain(|range| !range.is_empty());
+    ranges.sort_unstable_by_key(|range| range.start);
+    let mut joined: Vec<Range<u64>> = Vec::new();
+    for range in ranges {
+        match joined.last_mut() {
+            Some(last) if range.start <= last.end => last.end = last.end.max(range.end),
+            _ => joined.push(range),
+        }
+    }
+    joined
+}
+
+/// Whether any of the `joined` ranges has bytes in common with `range`.
+fn touches(joined: &[Range<u64>], range: &Range<u64>) -> bool {
+    let place = joined.partition_point(|one| one.end <= range.start);
+    joined.get(place).is_some_and(|one| overlaps(one, range))
+}
+
 fn address(input: &mut Unstructured<'_>) -> Result<u64> {
     let area = AREAS[usize::from(input.arbitrary::<u8>()?) % AREAS.len()];
     Ok(area.wrapping_add(u64::from(input.arbitrary::<u8>()?) * 4))
@@ -362,12 +383,10 @@ impl<F: Future<Output = ()>> Bench<F> {
         let offered = std::mem::take(&mut self.offered);
         let open = self.worker.ring(0).is_some_and(|ring| ring.is_open());
         let walks: Vec<Walk> = offered.iter().map(|head| self.walk(*head)).collect();
-        let writable: Vec<_> = walks.iter().flat_map(|walk| &walk.writable).cloned().collect();
-        let tables = walks.iter().flat_map(|walk| &walk.tables).chain(&RING);
-        let mut tables = tables.cloned().collect::<Vec<_>>();
-        tables.retain(|table| writable.iter().any(|range| overlaps(range, table)));
+        let writable = joined(walks.iter().flat_map(|walk| &walk.writable).cloned().collect());
+        let mut tables = walks.iter().flat_map(|walk| &walk.tables).chain(&RING);
         // The device was told to overwrite descriptors or rings, and does.
-        self.wild |= !tables.is_empty();
+        self.wild |= tables.any(|table| touches(&writable, table));
         let before = self.content();
         self.rest();
         if self.wild {
@@ -416,7 +435,7 @@ impl<F: Future<Output = ()>> Bench<F> {
     /// The device writes to what it was given to write to, and to the used ring.
     fn compare(&self, before: &[Vec<u8>], writable: &[Range<u64>]) {
         let after = self.content();
-        let given = |at| USED.contains(&at) || writable.iter().any(|run| run.contains(&at));
+        let given = |at| USED.contains(&at) || touches(writable, &(at..at + 1));
         for ((start, _), (old, new)) in RAM.iter().zip(before.iter().zip(&after)) {
             // Page by page first: in a fuzzer, a comparison of two bytes is a call.
             for (page, (old, new)) in old.chunks(PAGE).zip(new.chunks(PAGE)).enumerate() {
