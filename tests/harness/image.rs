@@ -206,8 +206,8 @@ fn put(bytes: &mut [u8], at: u64, new: &[u8]) {
     }
 }
 
-/// Whether two entries of a disk's own tables, in an image without contradictions, refer to the same
-/// bytes. Refcounts allow that; but whoever drops one of the references cannot know where the other
+/// Whether two entries of a disk's own tables, in an image without contradictions, refer to the
+/// same bytes. Refcounts allow that; but whoever drops one of the references cannot know where the other
 /// is, which lacks its COPIED flag from then on. Nobody makes such images on purpose.
 fn is_doubled(bytes: &[u8]) -> bool {
     let mut places: Vec<u64> = common::check::map(bytes).guest.into_iter().flatten().collect();

@@ -208,7 +208,8 @@ fn a_bitmap_that_cannot_be_copied_is_found_out_before_anything_is() {
     let mut target = place.make("copy", &CreateOptions::new(SIZE as u64));
     let fit = check_bitmaps(st, &source, &found.usable, &target);
     block_on(st, fit).expect("they fit");
-    let copied = copy_bitmaps(st, &source, &found.usable, &mut target, &mut || true);
+    let mut goes_on = || true;
+    let copied = copy_bitmaps(st, &source, &found.usable, &mut target, &mut goes_on);
     assert_eq!(block_on(st, copied).expect("the rest is copied"), Outcome::Complete);
     let top = target.top_qcow2().expect("qcow2");
     let own = block_on(st, read_bitmaps(st, top.file(), top.header())).expect("a directory");
