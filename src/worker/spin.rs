@@ -35,6 +35,9 @@ const LONGEST_REST: u32 = 9;
 const KEPT_AWAY: Duration = Duration::from_micros(30);
 /// For how many times the time that was lost there is no looking.
 const CROWDED_REST: u32 = 64;
+/// How old the count of such losses may be when a look begins: asking for it is a system call, and
+/// a guest that is quick begins some ten thousand looks a second.
+const COUNT_AGE: Duration = Duration::from_millis(1);
 /// The longest such rest.
 const LONGEST_CROWDED_REST: Duration = Duration::from_secs(1);
 
@@ -72,14 +75,16 @@ pub struct Spin {
     rest_bits: u32,
     /// Until when it does not look.
     rest: Option<Instant>,
-    /// How often this thread had lost the processor when it began to look.
+    /// How often this thread had lost the processor when it began to look, or a moment before.
     preempted: i64,
+    /// When that was counted.
+    counted: Option<Instant>,
 }
 
 impl Spin {
     /// For a worker that looks for at most `window` before it sleeps; zero means not at all.
     pub fn new(window: Duration, places: Arc<Places>) -> Self {
-        Self { places, window, since: None, rest_bits: 0, rest: None, preempted: 0 }
+        Self { places, window, since: None, rest_bits: 0, rest: None, preempted: 0, counted: None }
     }
 
     /// Says that there was something to do. `preempted` tells how often this thread has lost the
@@ -113,7 +118,9 @@ impl Spin {
             return false;
         }
         self.since = Some((now, now));
-        self.preempted = preempted();
+        if self.counted.is_none_or(|at| now.duration_since(at) > COUNT_AGE) {
+            self.count(now, preempted);
+        }
         true
     }
 
@@ -125,11 +132,18 @@ impl Spin {
         preempted: impl FnOnce() -> i64,
     ) -> bool {
         let passed = now.duration_since(last);
-        if passed < KEPT_AWAY || preempted() <= self.preempted {
+        if passed < KEPT_AWAY || !self.count(now, preempted) {
             return false;
         }
         self.rest = Some(now + (passed * CROWDED_REST).min(LONGEST_CROWDED_REST));
         true
+    }
+
+    /// Counts how often this thread has lost the processor; whether it has since the last time.
+    fn count(&mut self, now: Instant, preempted: impl FnOnce() -> i64) -> bool {
+        self.counted = Some(now);
+        let before = std::mem::replace(&mut self.preempted, preempted());
+        before < self.preempted
     }
 
     fn end(&mut self) {
