@@ -6,6 +6,7 @@
 
 use crate::bytes::{HostOffset, round_down};
 use crate::error::{Error, Result};
+use crate::exec::yield_now;
 use crate::qcow2::Qcow2;
 use crate::qcow2::flush_gate::Role;
 use crate::qcow2::header::REFTABLE_AT;
@@ -47,7 +48,11 @@ impl Qcow2 {
         }
         journal.inspect(|(mark, journal)| journal.trim(*mark));
         self.stored_links.fetch_max(links, Ordering::AcqRel);
-        lead.finish();
+        if lead.finish() {
+            // So that all are answered together: a guest that is told of one alone comes back with
+            // that one alone.
+            yield_now().await;
+        }
         // Whoever waited goes on; what the flush has freed is this caller's to tidy up.
         if let Err(error) = self.reclaim(st).await {
             self.poison(&error);

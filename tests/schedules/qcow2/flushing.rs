@@ -54,7 +54,8 @@ pub fn a_flush_covers_what_came_before_its_call() {
     });
 }
 
-/// Two threads flush while a third gives up: waiting, or with the right to flush in its hands.
+/// Two threads flush while others give up: waiting, about to flush, or with the right to do so in
+/// their hands.
 ///
 /// # Panics
 /// As [`a_flush_covers_what_came_before_its_call`], or when one waits for ever.
@@ -64,12 +65,17 @@ pub fn a_flush_given_up_lets_the_next_begin() {
         for _ in 0..2 {
             scope.spawn(|| disk.change_and_flush());
         }
-        scope.spawn(|| {
-            let mut role = pin!(disk.gate.role(disk.gate.ticket()));
-            block_on(poll_fn(|context| {
-                let _perhaps_leads = role.as_mut().poll(context);
-                Poll::Ready(())
-            }));
-        });
+        for polls in 1..=2 {
+            let gate = &disk.gate;
+            scope.spawn(move || {
+                let mut role = pin!(gate.role(gate.ticket()));
+                let mut left = polls;
+                block_on(poll_fn(|context| {
+                    let role = role.as_mut().poll(context);
+                    left -= 1;
+                    if left == 0 || role.is_ready() { Poll::Ready(()) } else { Poll::Pending }
+                }));
+            });
+        }
     });
 }
