@@ -10,6 +10,8 @@ use integration::scratch::{Scratch, number_from_environment};
 use integration::workload::DEPTH;
 
 const MIB: u64 = 1 << 20;
+/// The most bytes that a growing file has in store.
+const AHEAD: u64 = 5 * MIB;
 
 /// How much a test writes: `SPACE_MIB` MiB, or as many as the test says.
 fn size(mib: u64) -> u64 {
@@ -157,7 +159,8 @@ fn what_comes_and_goes_leaves_a_disk_in_use_at_its_first_size() {
     flush(&mut client);
     let after = disk.taken();
     eprintln!("{before} bytes, {full} with {gone} more, {after} without them");
-    assert!(full >= before + gone, "{gone} bytes take {full} - {before}");
+    // The host was asked for a little more than what stays, as long as the file grows.
+    assert!(full + AHEAD >= before + gone, "{gone} bytes take {full} - {before}");
     assert!(after <= before + before / 100, "{before} bytes have become {after}");
     bulk::verify(&mut client, 0..used, Content::Numbered(1)).expect("what stays");
     bulk::verify(&mut client, used..used + gone, Content::Zeros).expect("what went");

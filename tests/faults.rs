@@ -31,7 +31,7 @@ const POISONING: [Purpose; 8] = [
 ];
 
 /// Every purpose there is.
-const PURPOSES: [Purpose; 26] = [
+const PURPOSES: [Purpose; 27] = [
     Purpose::GuestRead,
     Purpose::GuestWrite,
     Purpose::GuestZero,
@@ -57,6 +57,7 @@ const PURPOSES: [Purpose; 26] = [
     Purpose::SyncReftable,
     Purpose::SyncTables,
     Purpose::SyncHeader,
+    Purpose::Ahead,
     Purpose::Create,
 ];
 

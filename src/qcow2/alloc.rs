@@ -138,13 +138,18 @@ impl Allocator {
         Some(Allocation { run: Run { count, ..run }, fresh })
     }
 
-    fn set_reserved(&self, allocation: Allocation) {
+    /// Takes what was counted but not handed out, to give it to [`Allocator::set_reserved`] again.
+    pub(super) fn withhold(&self) -> Option<Allocation> {
+        lock(&self.pool).reserved.take()
+    }
+
+    pub(super) fn set_reserved(&self, allocation: Allocation) {
         lock(&self.pool).reserved = Some(allocation);
     }
 
     /// Takes back everything that was counted but not handed out.
     pub(super) fn drain_reserved(&self) -> Option<Run> {
-        lock(&self.pool).reserved.take().map(|allocation| allocation.run)
+        self.withhold().map(|allocation| allocation.run)
     }
 
     fn take_free(&self, want: u64) -> Option<Run> {
@@ -240,6 +245,7 @@ impl Qcow2 {
             return Err(full());
         }
         let run = self.advance_frontier(st, want).await?;
+        self.ask_ahead(st, run).await;
         self.count(st, run, self.allocator.is_fresh(run)).await
     }
 
@@ -478,6 +484,7 @@ impl Qcow2 {
         freed.sort_unstable();
         let mut holes: Vec<Run> = Vec::new();
         freed.into_iter().for_each(|cluster| push_cluster(&mut holes, cluster));
+        self.give_ahead_back(st, !holes.is_empty()).await;
         let mut punching = Vec::with_capacity(holes.len());
         for hole in &holes {
             let at = self.geometry.host_start(hole.first);

@@ -192,6 +192,7 @@ impl Qcow2 {
     pub async fn close(&self, st: &dyn Storage) -> Result<()> {
         if self.writing.load(Ordering::Acquire) {
             self.write_everything(st).await?;
+            self.close_ahead(st).await;
             // Whoever writes after all has to say so again.
             self.writing.store(false, Ordering::Release);
             self.lazy.store(self.header.is_lazy(), Ordering::Release);
@@ -201,6 +202,7 @@ impl Qcow2 {
 
     /// As [`Qcow2::close`], and more writes are to come.
     pub(super) async fn write_everything(&self, st: &dyn Storage) -> Result<()> {
+        self.close_ahead(st).await;
         self.store_bitmaps(st).await?;
         if let Some(run) = self.allocator.drain_reserved() {
             self.limbo.never_linked(run, self.epochs.now());

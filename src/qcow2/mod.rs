@@ -2,19 +2,20 @@
 //!
 //! In reading order: [`mod@format`] and [`geometry`] hold the numbers, [`header`] and `open` turn a
 //! file into a [`Qcow2`], `table` caches tables, `map` looks entries up, `refcount` and `alloc`
-//! find room, `claims` keeps writers of one cluster apart, `write`, `fill` and `discard` change
-//! entries, `flush` makes changes durable in the order that `ORDERING.md` states, `limbo` and
-//! `epoch` decide when a freed cluster may be used again. Of compressed clusters, `compress` knows
-//! the encodings, `compress_write` where new ones go, `inflated` what was read, `inflaters` who
-//! does the work. `snapshot` and `resize` change images that nothing else uses, through what they
-//! share in `offline`; `bitmap` keeps dirty bitmaps true. `journal` notes what a killed process
-//! must not take along, and `redo` does it again.
+//! find room, `ahead` asks the host for it, `claims` keeps writers of one cluster apart, `write`,
+//! `fill` and `discard` change entries, `flush` makes changes durable in the order that
+//! `ORDERING.md` states, `limbo` and `epoch` decide when a freed cluster may be used again. Of
+//! compressed clusters, `compress` knows the encodings, `compress_write` where new ones go,
+//! `inflated` what was read, `inflaters` who does the work. `snapshot` and `resize` change images
+//! that nothing else uses, through what they share in `offline`; `bitmap` keeps dirty bitmaps true.
+//! `journal` notes what a killed process must not take along, and `redo` does it again.
 //!
 //! [`check`] looks for contradictions in an image that nobody uses and repairs them, `mark` changes
 //! the header's feature bits in place, `rewrite` and `amend` the rest of the header.
 //!
 //! A method without a [`Storage`](crate::storage::Storage) argument cannot do I/O and cannot wait.
 
+mod ahead;
 mod alloc;
 mod amend;
 pub mod bitmap;
@@ -71,6 +72,7 @@ pub use write::WritePlan;
 
 use crate::bytes::{HostOffset, round_up};
 use crate::error::{CorruptKind, Error, Kind, Result};
+use crate::qcow2::ahead::Ahead;
 use crate::qcow2::alloc::Allocator;
 use crate::qcow2::bitmap::Bitmaps;
 use crate::qcow2::claims::Claims;
@@ -119,6 +121,7 @@ pub struct Qcow2 {
     l2: TableCache,
     refcounts: Refcounts,
     allocator: Allocator,
+    ahead: Ahead,
     /// One task at a time looks for clusters.
     refill: Claims,
     /// Guest clusters whose entries are being changed.

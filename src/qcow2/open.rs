@@ -5,6 +5,7 @@ use std::time::Instant;
 
 use crate::bytes::{HostOffset, be64, round_up};
 use crate::error::{CorruptKind, Error, Result};
+use crate::qcow2::ahead::Ahead;
 use crate::qcow2::alloc::Allocator;
 use crate::qcow2::bitmap::Bitmaps;
 use crate::qcow2::check::{self, Repair};
@@ -151,6 +152,7 @@ impl Qcow2 {
             bitmaps: Bitmaps::None,
             epochs: Epochs::new(),
             flush: FlushGate::default(),
+            ahead: Ahead::default(),
             links: AtomicU64::new(0),
             stored_links: AtomicU64::new(0),
             journal: Mutex::new(None),

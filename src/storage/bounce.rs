@@ -271,7 +271,7 @@ impl<E: Engine + 'static> Storage for Bounce<E> {
                 (at.0 | len).is_multiple_of(block)
             }
             Op::Resize { .. } => false,
-            Op::Sync => true,
+            Op::Reserve { .. } | Op::Sync => true,
         };
         let fits = op.buf().is_none_or(|buf| fits(buf, limits));
         if whole && fits && (request.free || !op.changes()) {
@@ -409,7 +409,7 @@ impl<E: Engine> Steps<E> {
                 (enclosing(at.0, *len, request.block), false)
             }
             Op::Resize { len } => ((round_down(*len, request.block), u64::MAX), true),
-            Op::Read { .. } | Op::Sync => ((0, 0), false),
+            Op::Read { .. } | Op::Reserve { .. } | Op::Sync => ((0, 0), false),
         };
         let _claim = if request.free && !exclusive {
             None

@@ -80,6 +80,12 @@ impl<E: Engine> Engine for Strict<E> {
     }
 }
 
+/// Bytes of the host's space that a file takes.
+fn allocated(path: &Path) -> u64 {
+    use std::os::unix::fs::MetadataExt;
+    path.metadata().expect("the test's file").blocks() * 512
+}
+
 struct Setup {
     name: &'static str,
     engine: Box<dyn Engine>,
@@ -410,6 +416,19 @@ fn the_descriptor_tells_of_every_kind_of_answer() {
             }
             assert!(!setup.engine.is_busy(), "{}", setup.name);
         }
+    });
+}
+
+#[test]
+fn space_that_is_asked_for_changes_neither_bytes_nor_length() {
+    each(&[5; 8192], |setup| {
+        let before = allocated(&setup.path);
+        setup.run(Op::Reserve { at: HostOffset(8192), len: 1 << 20 }).expect("a wish");
+        assert_eq!(setup.content(), [5; 8192], "{}", setup.name);
+        let asked = allocated(&setup.path);
+        assert!(asked >= before + (1 << 20), "{}: {before} bytes, then {asked}", setup.name);
+        setup.run(Op::Resize { len: 8192 }).expect("resize");
+        assert!(allocated(&setup.path) <= before, "{}: it stays", setup.name);
     });
 }
 

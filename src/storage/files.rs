@@ -87,6 +87,8 @@ pub(super) enum Lack {
     Discard = 4,
     /// Reading only what is in the page cache.
     ReadCached = 8,
+    /// Asking for space before it is written.
+    Reserve = 16,
 }
 
 impl OpenFile {

@@ -452,6 +452,7 @@ impl Disk {
             }
             Op::Write { at, buf } => (at.0, buf.len() as u64, Effect::Write(Vec::new())),
             Op::Zero { at, len, .. } | Op::Discard { at, len } => (at.0, *len, Effect::Zeros),
+            Op::Reserve { at, len } => (at.0, *len, Effect::None),
             Op::Resize { len } => (0, *len, Effect::Length),
             Op::Sync => (0, 0, Effect::Sync),
         };
@@ -472,7 +473,7 @@ impl Disk {
                 (at.0, Change::Zeros(end.saturating_sub(at.0)))
             }
             Op::Resize { len } => (*len, Change::Length),
-            Op::Read { .. } | Op::Sync => return serial,
+            Op::Read { .. } | Op::Reserve { .. } | Op::Sync => return serial,
         };
         self.in_flight.insert(serial, (file, Unsynced { at, change, serial }));
         serial
@@ -482,6 +483,7 @@ impl Disk {
         let file = &mut self.files[index(id)];
         match op {
             Op::Read { at, buf } => read(&file.volatile, *at, buf),
+            Op::Reserve { .. } => {}
             Op::Sync => {
                 let (done, later) = std::mem::take(&mut file.unsynced)
                     .into_iter()
@@ -521,7 +523,7 @@ fn is_too_long(op: &Op) -> bool {
         Op::Write { at, buf } => at.0.saturating_add(buf.len() as u64),
         Op::Zero { at, len, .. } => at.0.saturating_add(*len),
         Op::Resize { len } => *len,
-        Op::Read { .. } | Op::Discard { .. } | Op::Sync => 0,
+        Op::Read { .. } | Op::Discard { .. } | Op::Reserve { .. } | Op::Sync => 0,
     };
     end > LONGEST
 }

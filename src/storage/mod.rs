@@ -80,6 +80,14 @@ pub enum Op {
         /// Length in bytes.
         len: u64,
     },
+    /// Ask the host for the space of a range that is to be written; neither the file's bytes nor
+    /// its length change.
+    Reserve {
+        /// First byte in the file.
+        at: HostOffset,
+        /// Length in bytes.
+        len: u64,
+    },
     /// Set the file's length.
     Resize {
         /// New length in bytes.
@@ -100,7 +108,7 @@ impl Op {
 
     /// Whether the operation changes the file's bytes or length.
     pub fn changes(&self) -> bool {
-        !matches!(self, Self::Read { .. } | Self::Sync)
+        !matches!(self, Self::Read { .. } | Self::Reserve { .. } | Self::Sync)
     }
 }
 
@@ -155,6 +163,8 @@ pub enum Purpose {
     SnapshotWrite,
     /// Making a file longer or shorter.
     Resize,
+    /// Asking for space ahead of a file's end, and giving the rest back.
+    Ahead,
     /// Reading the bitmap directory, a bitmap's table or its bits.
     BitmapLoad,
     /// Writing a bitmap's table or its bits into new clusters.

@@ -60,6 +60,7 @@ enum Stage {
     ZeroRange,
     Hole,
     Discard,
+    Reserve,
     Truncate,
     Sync,
 }
@@ -94,6 +95,7 @@ impl Plan {
                 (at, len, Stage::Discard)
             }
             Op::Discard { at, len } => (at.0, len, Stage::Hole),
+            Op::Reserve { at, len } => (at.0, len, Stage::Reserve),
             Op::Resize { len } => {
                 file.note_resize(len, false);
                 (0, len, Stage::Truncate)
@@ -154,6 +156,7 @@ impl Plan {
         match self.stage {
             Stage::Hole => file.lacks(Lack::Punch),
             Stage::Discard => file.lacks(Lack::Discard),
+            Stage::Reserve => file.is_block_device() || file.lacks(Lack::Reserve),
             _ => false,
         }
     }
@@ -173,6 +176,7 @@ impl Plan {
                 Call::Allocate { mode: libc::FALLOC_FL_ZERO_RANGE | keep, at, len }
             }
             Stage::Discard => Call::Discard { at, len },
+            Stage::Reserve => Call::Allocate { mode: libc::FALLOC_FL_KEEP_SIZE, at, len },
             Stage::Truncate => Call::Truncate { len },
             Stage::Sync => Call::Sync,
         })
@@ -208,7 +212,9 @@ impl Plan {
                 file.note_resize(self.left, true);
                 return Step::Done(Ok(()));
             }
-            Stage::Hole | Stage::Discard | Stage::Sync => return Step::Done(Ok(())),
+            Stage::Hole | Stage::Discard | Stage::Reserve | Stage::Sync => {
+                return Step::Done(Ok(()));
+            }
         }
         self.at += count as u64;
         self.left -= count as u64;
@@ -264,6 +270,7 @@ impl Plan {
             Stage::Punch | Stage::Hole => Lack::Punch,
             Stage::ZeroRange => Lack::ZeroRange,
             Stage::Discard => Lack::Discard,
+            Stage::Reserve => Lack::Reserve,
             _ => return Step::Done(Err(error)),
         };
         match error.raw_os_error() {

@@ -98,14 +98,12 @@ impl Prompt {
                 self.judge_read(open, result)
             }
             Call::Write { at } if self.tries_write(at, plan) => {
-                let start = Instant::now();
-                let watched = self.watched.get().is_some_and(|until| start < until);
-                let before = watched.then(waits);
                 // SAFETY: by this function's contract.
-                let result = unsafe { sys::write_at(&open.file, plan.segments(), at) };
-                let took = start.elapsed();
-                self.judge_write(start, took, before.map(|before| move || waits() > before));
-                Some(result)
+                let write = || unsafe { sys::write_at(&open.file, plan.segments(), at) };
+                Some(self.watch(write))
+            }
+            Call::Allocate { mode: mode @ libc::FALLOC_FL_KEEP_SIZE, at, len } if !self.rests() => {
+                Some(self.watch(|| sys::fallocate(&open.file, mode, at, len).map(|()| 0)))
             }
             _ => None,
         }
@@ -140,12 +138,23 @@ impl Prompt {
         if !at.is_multiple_of(PAGE) || !len.is_multiple_of(PAGE) || len > MOST_WRITTEN {
             return false;
         }
-        let Some(until) = self.resting.get() else { return true };
-        if Instant::now() < until {
-            return false;
-        }
-        self.resting.set(None);
-        true
+        !self.rests()
+    }
+
+    /// Whether what changes files goes the other way for now.
+    fn rests(&self) -> bool {
+        is_before(&self.resting)
+    }
+
+    /// Makes a call that changes a file and draws conclusions from its time.
+    fn watch<T>(&self, call: impl FnOnce() -> T) -> T {
+        let start = Instant::now();
+        let watched = self.watched.get().is_some_and(|until| start < until);
+        let before = watched.then(waits);
+        let result = call();
+        let took = start.elapsed();
+        self.judge_write(start, took, before.map(|before| move || waits() > before));
+        result
     }
 
     /// Draws conclusions from the time that a write took; `waited` says whether it gave the
@@ -159,6 +168,16 @@ impl Prompt {
             self.resting.set(Some(start + took + (took * REST).min(LONGEST_REST)));
         }
     }
+}
+
+/// Whether the moment is still to come; one that is past is forgotten.
+fn is_before(until: &Cell<Option<Instant>>) -> bool {
+    let Some(moment) = until.get() else { return false };
+    let before = Instant::now() < moment;
+    if !before {
+        until.set(None);
+    }
+    before
 }
 
 /// How often this thread has had to wait.

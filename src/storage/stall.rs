@@ -289,7 +289,7 @@ impl Attempt {
     fn bytes(&self) -> u64 {
         match &self.op {
             Op::Read { buf, .. } | Op::Write { buf, .. } => buf.len() as u64,
-            Op::Zero { len, .. } | Op::Discard { len, .. } => *len,
+            Op::Zero { len, .. } | Op::Discard { len, .. } | Op::Reserve { len, .. } => *len,
             Op::Resize { .. } | Op::Sync => 0,
         }
     }

@@ -71,6 +71,11 @@ impl Replay {
         }
     }
 
+    /// Changes that have not ended.
+    pub fn under_way(&self) -> impl Iterator<Item = &Event> {
+        self.running.values()
+    }
+
     /// The durable tables.
     pub fn map(&self) -> Map {
         map(&self.durable)
