@@ -88,10 +88,8 @@ fn try_run(input: &mut Unstructured<'_>, outcome: &mut Outcome) -> Result<()> {
     let (read_only, compress) = (choices & 1 != 0, choices & 64 != 0);
     let options = OpenOptions { read_only, compress, caches, ..OpenOptions::default() };
     let engine = Watch::new(&disk, IMAGE, engine, faults.clone());
-    if choices & 32 != 0 {
-        repair::run(&disk, IMAGE, &engine, input)?;
-    }
-    let cut = (choices & 16 != 0).then_some(u64::from(choices));
+    let durable = choices & 32 == 0 || repair::run(&disk, IMAGE, &engine, input)?;
+    let cut = (durable && choices & 16 != 0).then_some(u64::from(choices));
     Session { disk, engine, faults, options, written: 0 }.run(input, outcome, cut)
 }
 
@@ -207,8 +205,8 @@ fn put(bytes: &mut [u8], at: u64, new: &[u8]) {
 }
 
 /// Whether two entries of a disk's own tables, in an image without contradictions, refer to the
-/// same bytes. Refcounts allow that; but whoever drops one of the references cannot know where the other
-/// is, which lacks its COPIED flag from then on. Nobody makes such images on purpose.
+/// same bytes. Refcounts allow that; but whoever drops one of the references cannot know where the
+/// other is, which lacks its COPIED flag from then on. Nobody makes such images on purpose.
 fn is_doubled(bytes: &[u8]) -> bool {
     let mut places: Vec<u64> = common::check::map(bytes).guest.into_iter().flatten().collect();
     places.sort_unstable();
