@@ -420,6 +420,26 @@ fn the_descriptor_tells_of_every_kind_of_answer() {
 }
 
 #[test]
+fn who_would_sleep_until_a_sync_is_over_makes_it() {
+    let Some(setup) = make("uring", false, &[5; 8192]) else { return };
+    let engine = &*setup.engine;
+    let submit = |op| engine.submit(setup.file, Purpose::SyncData, op);
+    let mut context = Context::from_waker(Waker::noop());
+    let mut sync = pin!(submit(Op::Sync));
+    assert!(engine.is_busy() && sync.as_mut().poll(&mut context).is_pending(), "not at once");
+    engine.submit_and_rest().expect("submit");
+    assert!(!engine.is_busy());
+    assert!(matches!(sync.poll(&mut context), Poll::Ready(Ok(()))));
+    // Somebody waits for something else, too.
+    let discard = submit(Op::Discard { at: HostOffset(0), len: 4096 });
+    let sync = submit(Op::Sync);
+    engine.submit_and_rest().expect("submit");
+    assert!(engine.is_busy());
+    block_on(engine, discard).expect("discard");
+    block_on(engine, sync).expect("sync");
+}
+
+#[test]
 fn space_that_is_asked_for_changes_neither_bytes_nor_length() {
     each(&[5; 8192], |setup| {
         let before = allocated(&setup.path);

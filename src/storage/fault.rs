@@ -248,6 +248,10 @@ impl<E: Engine> Engine for Fault<E> {
         self.inner.submit_all()
     }
 
+    fn submit_and_rest(&self) -> io::Result<()> {
+        self.inner.submit_and_rest()
+    }
+
     fn is_busy(&self) -> bool {
         self.inner.is_busy() || !self.held.borrow().is_empty()
     }

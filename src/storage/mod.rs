@@ -273,6 +273,16 @@ pub trait Engine: Storage {
     /// What the kernel answered; the operations stay queued.
     fn submit_all(&self) -> io::Result<()>;
 
+    /// As [`Engine::submit_all`], for an owner that would sleep next: whatever it has to do waits
+    /// for what is submitted. A sync that is all that is under way may be carried out before this
+    /// returns, where syncs are known to be quick.
+    ///
+    /// # Errors
+    /// As [`Engine::submit_all`].
+    fn submit_and_rest(&self) -> io::Result<()> {
+        self.submit_all()
+    }
+
     /// Whether operations are under way.
     fn is_busy(&self) -> bool;
 

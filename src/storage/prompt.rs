@@ -14,6 +14,11 @@
 //! seen. After one that was slow because it waited, writes go the other way for a multiple of the
 //! time that was lost, so that a worker is held up for a small part of its time. Only whole pages
 //! are written at once: for a part of one the rest may have to be read first.
+//!
+//! A sync always waits for the disk. But a worker that could only sleep until it is over may as
+//! well make it itself: nobody is woken to make it, and nobody to take its answer, which on a quick
+//! disk takes longer than the sync. What comes meanwhile waits for it, so it is done only while
+//! syncs are quick.
 
 use std::cell::Cell;
 use std::io;
@@ -32,6 +37,9 @@ const SLOW: Duration = Duration::from_micros(500);
 /// How long after a slow write others are asked whether they have waited. A host that slows its
 /// writers down lets one wait after some hundred others.
 const WATCHED: Duration = Duration::from_secs(1);
+/// The same for a sync, which always waits: a host whose disk keeps nobody waiting for longer takes
+/// less time for it than handing it to a thread and taking the answer.
+const SLOW_SYNC: Duration = Duration::from_millis(1);
 /// For how many times the length of a slow write others are not made at once.
 const REST: u32 = 20;
 /// The longest such rest: a host that was busy may not be so any more.
@@ -50,6 +58,8 @@ pub(super) struct Prompt {
     watched: Cell<Option<Instant>>,
     /// Until when writes go the other way.
     resting: Cell<Option<Instant>>,
+    /// Until when syncs do.
+    syncs_rest: Cell<Option<Instant>>,
 }
 
 impl Prompt {
@@ -60,6 +70,7 @@ impl Prompt {
             misses: Cell::new(0),
             watched: Cell::new(None),
             resting: Cell::new(None),
+            syncs_rest: Cell::new(None),
         }
     }
 
@@ -106,6 +117,28 @@ impl Prompt {
                 Some(self.watch(|| sys::fallocate(&open.file, mode, at, len).map(|()| 0)))
             }
             _ => None,
+        }
+    }
+
+    /// Whether a sync may be made at once by a worker that has nothing else to do.
+    pub(super) fn tries_sync(&self) -> bool {
+        self.enabled && !is_before(&self.syncs_rest)
+    }
+
+    /// Makes a sync at once and draws conclusions from its time.
+    ///
+    /// # Errors
+    /// What the kernel answered.
+    pub(super) fn sync(&self, open: &OpenFile) -> io::Result<()> {
+        let start = Instant::now();
+        let result = open.file.sync_data();
+        self.judge_sync(start, start.elapsed());
+        result
+    }
+
+    fn judge_sync(&self, start: Instant, took: Duration) {
+        if took > SLOW_SYNC {
+            self.syncs_rest.set(Some(start + took + took * REST));
         }
     }
 
@@ -290,6 +323,26 @@ mod tests {
         assert_eq!(prompt.watched.get(), Some(now + Duration::from_millis(1030)), "no end of it");
         prompt.judge_write(now, Duration::from_millis(30), Some(|| true));
         assert!(prompt.resting.get().is_some());
+    }
+
+    #[test]
+    fn on_a_slow_disk_a_worker_makes_few_syncs_itself() {
+        let (_file, seen) = setup(Options::default());
+        let prompt = Prompt::new(&seen);
+        prompt.judge_sync(Instant::now(), SLOW_SYNC);
+        assert!(prompt.tries_sync());
+        let (mut now, mut held) = (Instant::now(), Duration::ZERO);
+        let begin = now;
+        for _ in 0..100 {
+            let took = Duration::from_secs(3);
+            prompt.judge_sync(now, took);
+            assert!(!prompt.tries_sync());
+            held += took;
+            now = prompt.syncs_rest.take().expect("a rest");
+        }
+        assert!(held <= (now - begin) / 20, "{held:?} of {:?}", now - begin);
+        let direct = Options { direct: true, ..Options::default() };
+        assert!(!Prompt::new(&Seen::new(Files::new(direct))).tries_sync());
     }
 
     #[test]

@@ -367,6 +367,10 @@ impl Engine for Stall {
         self.inner.submit_all()
     }
 
+    fn submit_and_rest(&self) -> io::Result<()> {
+        self.inner.submit_and_rest()
+    }
+
     fn is_busy(&self) -> bool {
         self.inner.is_busy() || self.lot.due.get().is_some()
     }

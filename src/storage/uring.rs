@@ -111,6 +111,8 @@ pub struct Uring {
     backlog: RefCell<VecDeque<usize>>,
     /// Whether a poll of the mailbox is in the ring.
     polling: Cell<bool>,
+    /// Syncs that may be made on this thread, if nothing else is under way.
+    syncs: RefCell<Vec<usize>>,
     jobs: RefCell<VecDeque<Job>>,
     /// How many jobs threads have.
     with_threads: Cell<usize>,
@@ -137,6 +139,7 @@ impl Uring {
             in_ring: Cell::new(0),
             backlog: RefCell::default(),
             polling: Cell::new(false),
+            syncs: RefCell::default(),
             jobs: RefCell::default(),
             with_threads: Cell::new(0),
             mailbox: Mailbox::new()?,
@@ -236,6 +239,26 @@ impl Uring {
         }
     }
 
+    /// Makes a sync on this thread, which would sleep meanwhile anyway.
+    fn sync_here(&self, key: usize) {
+        let file = self.table.with(key, |running| running.file);
+        let open = Arc::clone(&self.seen.get(file));
+        let result = self.prompt.sync(&open);
+        let (plan, step) = self.table.with(key, |running| {
+            let mut plan = running.plan.take().expect("the plan is here between calls");
+            let step = plan.resume(&open, result.map(|()| 0));
+            (plan, step)
+        });
+        match step {
+            Step::Done(result) => self.finish(key, plan, result),
+            Step::Call(call) => {
+                // It was interrupted.
+                self.table.with(key, |running| (running.plan, running.call) = (Some(plan), call));
+                self.dispatch(key);
+            }
+        }
+    }
+
     fn finish(&self, key: usize, plan: Plan, result: io::Result<()>) {
         self.table.with(key, |running| plan.settle(&running.op));
         self.spare.borrow_mut().push(plan);
@@ -319,7 +342,11 @@ impl Storage for Uring {
             Step::Call(call) => {
                 let (key, pending) = self.table.begin(Running { file, op, plan: Some(plan), call });
                 self.running.set(self.running.get() + 1);
-                self.dispatch(key);
+                if call == Call::Sync && self.prompt.tries_sync() {
+                    self.syncs.borrow_mut().push(key);
+                } else {
+                    self.dispatch(key);
+                }
                 pending
             }
         }
@@ -351,6 +378,7 @@ impl Engine for Uring {
     }
 
     fn submit_all(&self) -> io::Result<()> {
+        self.syncs.borrow_mut().drain(..).for_each(|key| self.dispatch(key));
         loop {
             self.fill();
             let jobs = self.jobs.borrow().len();
@@ -372,6 +400,14 @@ impl Engine for Uring {
         }
     }
 
+    fn submit_and_rest(&self) -> io::Result<()> {
+        let alone = self.running.get() == 1;
+        if let Some(key) = self.syncs.borrow_mut().pop_if(|_| alone) {
+            self.sync_here(key);
+        }
+        self.submit_all()
+    }
+
     fn is_busy(&self) -> bool {
         self.running.get() > 0
     }
@@ -382,7 +418,7 @@ impl Engine for Uring {
 
     fn wait(&self) -> io::Result<()> {
         loop {
-            self.submit_all()?;
+            self.submit_and_rest()?;
             if !self.is_busy() || self.reap() > 0 {
                 return Ok(());
             }

@@ -43,7 +43,7 @@ pub const TASKS: usize = 256;
 const PORTION_TASKS: u32 = 16;
 /// After how many bytes, though the tasks be fewer. They count when a request begins, which is when
 /// it ends if the page cache has them.
-const PORTION_BYTES: u64 = 256 << 10;
+const PORTION_BYTES: u64 = 512 << 10;
 
 /// The guest's memory, and the mappings it is part of.
 #[derive(Debug, Default)]
@@ -270,7 +270,10 @@ impl<F: Future<Output = ()>> Worker<F> {
         }
         progress.polled = self.run_tasks(&mut progress.published);
         progress.published += self.publish();
-        let submitted = self.storage().submit_all();
+        // Whoever was answered just now may come back at once.
+        let idle = progress.published == 0 && !self.tasks.has_ready();
+        let storage = self.storage();
+        let submitted = if idle { storage.submit_and_rest() } else { storage.submit_all() };
         self.refused = submitted.is_err();
         if let Err(error) = submitted {
             self.context.complaints.warn("the kernel takes no operations", error);
