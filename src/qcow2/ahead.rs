@@ -4,7 +4,7 @@
 //! some of it beforehand, it writes into what the file has already, which takes a fourth less time,
 //! and the file is in fewer pieces. Neither the file's length nor its bytes change by that. What is
 //! left is given back when the image is closed, and when a guest gives clusters back while the file
-//! has stopped growing; a daemon that was killed leaves it with the file, until it is closed next.
+//! has stopped growing. A daemon that was killed leaves it with the file, for the next one to use.
 
 use crate::qcow2::Qcow2;
 use crate::qcow2::refcount::Run;
