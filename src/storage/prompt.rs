@@ -34,12 +34,12 @@ const PAGE: u64 = 4096;
 const MOST_WRITTEN: u64 = 1 << 20;
 /// A write that takes longer than this may have waited for something.
 const SLOW: Duration = Duration::from_micros(500);
+/// A sync that takes longer than this makes others go the other way for a while: on a disk that is
+/// slower, handing a sync to a thread and taking its answer is a small part of it.
+const SLOW_SYNC: Duration = Duration::from_millis(1);
 /// How long after a slow write others are asked whether they have waited. A host that slows its
 /// writers down lets one wait after some hundred others.
 const WATCHED: Duration = Duration::from_secs(1);
-/// The same for a sync, which always waits: a host whose disk keeps nobody waiting for longer takes
-/// less time for it than handing it to a thread and taking the answer.
-const SLOW_SYNC: Duration = Duration::from_millis(1);
 /// For how many times the length of a slow write others are not made at once.
 const REST: u32 = 20;
 /// The longest such rest: a host that was busy may not be so any more.
