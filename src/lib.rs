@@ -22,8 +22,8 @@
 //!
 //! A module imports only from those below it; `tests/tidy.rs` enforces this. In reading order:
 //!
-//! - [`bytes`], [`error`], [`sync`], [`exec`]: offsets as types, one error type, the locks and
-//!   atomics in use, a fixed set of tasks.
+//! - [`bytes`], [`error`], [`sync`], [`exec`], `flush_gate`: offsets as types, one error type, the
+//!   locks and atomics in use, a fixed set of tasks, one flush for all who ask together.
 //! - [`storage`]: an operation is a value, and [`storage::Storage::submit`] the one verb.
 //!   Everything that touches a file goes through it, so a test owns time and failure.
 //! - [`qcow2`], [`raw`]: where a guest's byte lives. `qcow2/ORDERING.md` states which bytes must be
@@ -60,6 +60,7 @@ pub mod bytes;
 pub mod cli;
 pub mod error;
 pub mod exec;
+mod flush_gate;
 pub mod image;
 pub mod inside;
 pub mod qcow2;

@@ -2,6 +2,8 @@
 
 use crate::bytes::{GuestOffset, HostOffset, round_up};
 use crate::error::{Error, Result};
+use crate::exec::yield_now;
+use crate::flush_gate::{FlushGate, Role};
 use crate::storage::{FileId, Op, Purpose, Storage};
 use crate::sync::OnceLock;
 
@@ -10,6 +12,8 @@ use crate::sync::OnceLock;
 pub struct Raw {
     file: FileId,
     size: u64,
+    /// A group commit over all workers.
+    flush: FlushGate,
     /// A sync failed: what is durable is not known, and none after it may say that all is well.
     poison: OnceLock<Box<str>>,
 }
@@ -20,7 +24,12 @@ impl Raw {
     /// The disk is as long as the file rounded up to a sector of 512 bytes; the missing bytes read
     /// as zeros, and writing them makes the file longer.
     pub fn new(file: FileId, length: u64) -> Self {
-        Self { file, size: round_up(length, 512), poison: OnceLock::new() }
+        Self {
+            file,
+            size: round_up(length, 512),
+            flush: FlushGate::default(),
+            poison: OnceLock::new(),
+        }
     }
 
     /// The disk's size in bytes.
@@ -43,20 +52,32 @@ impl Raw {
         HostOffset(at.0)
     }
 
-    /// Makes everything that was completed before durable.
+    /// Makes everything that was completed before durable. Flushes that come together are one.
     ///
     /// # Errors
     /// When the host cannot, and ever after: the kernel reports a lost page once.
     pub async fn flush(&self, st: &dyn Storage) -> Result<()> {
-        if let Some(why) = self.poison.get() {
-            let why = format!("flushes are refused since an earlier failure: {why}");
-            return Err(Error::refused("raw image", why));
-        }
+        let ticket = self.flush.ticket();
+        let Role::Lead(lead) = self.flush.role(ticket).await else {
+            return self.check_poison();
+        };
+        self.check_poison()?;
         let done = st.submit(self.file, Purpose::SyncData, Op::Sync).await;
         done.map_err(|source| {
             // The first failure is the one to remember.
             let _ = self.poison.set(source.to_string().into());
             Error::io("making data durable", source)
-        })
+        })?;
+        if lead.finish() {
+            // So that all are answered together.
+            yield_now().await;
+        }
+        Ok(())
+    }
+
+    fn check_poison(&self) -> Result<()> {
+        let Some(why) = self.poison.get() else { return Ok(()) };
+        let why = format!("flushes are refused since an earlier failure: {why}");
+        Err(Error::refused("raw image", why))
     }
 }

@@ -358,3 +358,29 @@ fn a_failing_disk_fails_requests_and_no_more() {
     bench.assert_serves();
     assert_eq!(bench.worker.context().stats.errors.get(), 3);
 }
+
+#[test]
+fn flushes_that_come_together_are_one_and_are_answered_together() {
+    for fails in [false, true] {
+        let mut bench = bench(Options::default());
+        bench.disk.start_trace();
+        if fails {
+            bench.faults.add(Rule::fail(bench.faults.count() + 1, 5));
+        }
+        bench.driver.write(HEADER, &header(FLUSH, 0));
+        bench.driver.write(STATUS, &[UNTOUCHED; 8]);
+        for n in 0..8 {
+            bench.driver.send(&[(HEADER, 16, false), (STATUS + n, 1, true)]);
+        }
+        let mut answers = Vec::new();
+        while bench.worker.turn().any() {
+            answers.extend(Some(bench.driver.used().len()).filter(|&answered| answered > 0));
+        }
+        assert_eq!(answers.iter().sum::<usize>(), 8, "failing: {fails}");
+        assert_eq!(bench.driver.read(STATUS, 8), [u8::from(fails); 8]);
+        if !fails {
+            assert_eq!(bench.submitted(Purpose::SyncData), 1);
+            assert_eq!(answers, [8], "the guest is told once");
+        }
+    }
+}

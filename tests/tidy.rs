@@ -21,7 +21,7 @@ const LAYERS: [&[&str]; 9] = [
     &["image"],
     &["qcow2", "raw"],
     &["storage"],
-    &["bytes", "sync", "error", "exec"],
+    &["bytes", "sync", "error", "exec", "flush_gate"],
 ];
 
 /// Crates that only some places may name: files or directories below `src`.

@@ -7,8 +7,8 @@
 use crate::bytes::{HostOffset, round_down};
 use crate::error::{Error, Result};
 use crate::exec::yield_now;
+use crate::flush_gate::Role;
 use crate::qcow2::Qcow2;
-use crate::qcow2::flush_gate::Role;
 use crate::qcow2::header::REFTABLE_AT;
 use crate::qcow2::refcount::{ReftableWork, Run};
 use crate::storage::{Buf, FileId, Op, Pending, Purpose, Storage};

@@ -5,6 +5,7 @@ use std::time::Instant;
 
 use crate::bytes::{HostOffset, be64, round_up};
 use crate::error::{CorruptKind, Error, Result};
+use crate::flush_gate::FlushGate;
 use crate::qcow2::ahead::Ahead;
 use crate::qcow2::alloc::Allocator;
 use crate::qcow2::bitmap::Bitmaps;
@@ -12,7 +13,6 @@ use crate::qcow2::check::{self, Repair};
 use crate::qcow2::claims::Claims;
 use crate::qcow2::compress_write::Packer;
 use crate::qcow2::epoch::Epochs;
-use crate::qcow2::flush_gate::FlushGate;
 use crate::qcow2::format::{INCOMPATIBLE_CORRUPT, INCOMPATIBLE_DIRTY, OFFSET_MASK};
 use crate::qcow2::header::{self, Header};
 use crate::qcow2::limbo::Limbo;

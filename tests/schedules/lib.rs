@@ -12,6 +12,8 @@
 #[path = "../../src/exec.rs"]
 pub mod exec;
 pub mod explore;
+#[path = "../../src/flush_gate.rs"]
+mod flush_gate;
 pub mod qcow2;
 pub mod sync;
 pub mod tasks;

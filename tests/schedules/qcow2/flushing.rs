@@ -7,7 +7,7 @@ use std::task::Poll;
 use shuttle::future::block_on;
 use shuttle::thread;
 
-use super::flush_gate::{FlushGate, Role};
+use crate::flush_gate::{FlushGate, Role};
 use crate::sync::{AtomicBool, AtomicU64, Ordering};
 
 /// A disk that counts its changes.

@@ -5,8 +5,6 @@ mod claims;
 #[path = "../../../src/qcow2/epoch.rs"]
 #[cfg_attr(not(test), expect(dead_code, reason = "the scenarios say how many lanes there are"))]
 mod epoch;
-#[path = "../../../src/qcow2/flush_gate.rs"]
-mod flush_gate;
 #[path = "../../../src/qcow2/limbo.rs"]
 #[expect(dead_code, reason = "the scenarios do not ask how much rests there")]
 mod limbo;

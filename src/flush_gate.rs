@@ -21,17 +21,17 @@ struct Gate {
 
 /// Who runs a flush and who waits for it.
 #[derive(Debug, Default)]
-pub(super) struct FlushGate(Mutex<Gate>);
+pub(crate) struct FlushGate(Mutex<Gate>);
 
 /// What a caller of flush has to do.
-pub(super) enum Role<'a> {
+pub(crate) enum Role<'a> {
     Lead(Lead<'a>),
     Done,
 }
 
 /// The right to run a flush. When it is dropped the next flush begins; those who waited for this
 /// one are content only if it was finished.
-pub(super) struct Lead<'a> {
+pub(crate) struct Lead<'a> {
     gate: &'a FlushGate,
     number: u64,
     finished: bool,
@@ -39,12 +39,12 @@ pub(super) struct Lead<'a> {
 
 impl FlushGate {
     /// The number of the first flush that begins after now.
-    pub(super) fn ticket(&self) -> u64 {
+    pub(crate) fn ticket(&self) -> u64 {
         lock(&self.0).started + 1
     }
 
     /// Waits until the flush of that number has ended, or runs it.
-    pub(super) async fn role(&self, ticket: u64) -> Role<'_> {
+    pub(crate) async fn role(&self, ticket: u64) -> Role<'_> {
         Turn { gate: self, ticket, gathers: false }.await
     }
 
@@ -106,7 +106,7 @@ impl Drop for Turn<'_> {
 impl Lead<'_> {
     /// Everything is durable that was complete when the flush began. Returns whether others had
     /// waited for it, or wait for the next one.
-    pub(super) fn finish(mut self) -> bool {
+    pub(crate) fn finish(mut self) -> bool {
         self.finished = true;
         self.gate.open(Some(self.number))
     }
