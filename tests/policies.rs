@@ -199,6 +199,32 @@ fn an_ignored_discard_changes_nothing_but_must_lie_on_the_disk() {
     }
 }
 
+#[test]
+fn a_discard_of_the_whole_disk_lets_reads_through() {
+    use std::pin::pin;
+    use std::task::{Context, Poll, Waker};
+
+    let disk = MemDisk::new();
+    // A table of 512 bytes has the entries of 32 KiB, all of which are in memory after the write.
+    disk.add(IMAGE, Layout::new(9, 2048, Kind::Empty).make(0).image().clone());
+    let engine = disk.engine(0, 0);
+    let image = open(&engine, &disk, Format::Qcow2, Policy::default());
+    let size = image.size();
+    let full = Buf::copy_of(&vec![7; usize::try_from(size).expect("a small disk")]);
+    block_on(&engine, image.write(&engine, GuestOffset(0), full)).expect("write");
+    let mut context = Context::from_waker(Waker::noop());
+    let mut discard = pin!(image.discard(&engine, GuestOffset(0), size));
+    let mut let_through = 0;
+    while let Poll::Pending = discard.as_mut().poll(&mut context) {
+        assert!(!engine.is_busy(), "the tables are in memory");
+        let last = Buf::zeroed(512);
+        let read = image.read(&engine, GuestOffset(size - 512), last.clone());
+        block_on(&engine, read).expect("read");
+        let_through += u64::from(last.to_vec() == [7; 512]);
+    }
+    assert_eq!(let_through, size / (32 << 10) - 1);
+}
+
 /// What a raw file is asked to do for zeros.
 #[test]
 fn zeros_in_a_raw_file_keep_its_space_unless_told_otherwise() {

@@ -3,6 +3,7 @@
 
 use crate::bytes::GuestOffset;
 use crate::error::{Error, Result};
+use crate::exec::yield_now;
 use crate::image::Image;
 use crate::image::chain::Layer;
 use crate::qcow2::{Erase, Qcow2};
@@ -80,6 +81,10 @@ impl Image {
                 self.write_zero_bytes(st, at, handled).await?;
             }
             at = at + handled;
+            if at.0 < end {
+                // A whole disk takes as long as thousands of reads, which do not wait for its end.
+                yield_now().await;
+            }
         }
         Ok(())
     }
@@ -105,6 +110,9 @@ impl Image {
                 self.write_mode(st, at + done, &zeros, self.compress).await?;
             }
             done += piece;
+            if done < len {
+                yield_now().await;
+            }
         }
         Ok(())
     }
