@@ -58,7 +58,9 @@ impl Images {
         let raw = self.raw()?.path;
         let name = format!("flat-{}.qcow2", writer.map_or("shared", Side::word));
         let make = |path: &Path| {
-            qemu_img(&["convert", "-f", "raw", "-O", "qcow2", text(&raw), text(path)])
+            qemu_img(&["convert", "-f", "raw", "-O", "qcow2", text(&raw), text(path)])?;
+            // It was read as a whole; its own readers shall find it as `warm` leaves it.
+            forget(&raw)
         };
         self.once(&name, make).map(Disk::qcow2)
     }
