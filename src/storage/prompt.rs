@@ -56,6 +56,8 @@ pub(super) struct Prompt {
     misses: Cell<u32>,
     /// Until when writes are asked whether they have waited.
     watched: Cell<Option<Instant>>,
+    /// How often this thread has waited, if that was counted since it last had a reason to.
+    waits: Cell<Option<i64>>,
     /// Until when writes go the other way.
     resting: Cell<Option<Instant>>,
     /// Until when syncs do.
@@ -69,6 +71,7 @@ impl Prompt {
             enabled: seen.is_prompt(),
             misses: Cell::new(0),
             watched: Cell::new(None),
+            waits: Cell::new(None),
             resting: Cell::new(None),
             syncs_rest: Cell::new(None),
         }
@@ -183,11 +186,24 @@ impl Prompt {
     fn watch<T>(&self, call: impl FnOnce() -> T) -> T {
         let start = Instant::now();
         let watched = self.watched.get().is_some_and(|until| start < until);
-        let before = watched.then(waits);
+        let before = watched.then(|| self.waits());
         let result = call();
         let took = start.elapsed();
         self.judge_write(start, took, before.map(|before| move || waits() > before));
         result
+    }
+
+    /// How often this thread has waited. Asking is a system call, so it is done once for all the
+    /// writes of a turn.
+    fn waits(&self) -> i64 {
+        let count = self.waits.get().unwrap_or_else(waits);
+        self.waits.set(Some(count));
+        count
+    }
+
+    /// Says that this thread may wait for other things than its writes now.
+    pub(super) fn may_wait(&self) {
+        self.waits.set(None);
     }
 
     /// Draws conclusions from the time that a write took; `waited` says whether it gave the
@@ -196,6 +212,7 @@ impl Prompt {
         if took <= SLOW {
             return;
         }
+        self.may_wait();
         self.watched.set(Some(start + took + WATCHED));
         if waited.is_some_and(|waited| waited()) {
             self.resting.set(Some(start + took + (took * REST).min(LONGEST_REST)));
@@ -309,6 +326,14 @@ mod tests {
         let before = waits();
         std::thread::sleep(Duration::from_millis(1));
         assert!(waits() > before, "a thread that sleeps gives the processor away");
+        // It is counted once for many writes, and anew after a sleep or a write that was slow.
+        let counted = prompt.waits();
+        std::thread::sleep(Duration::from_millis(1));
+        assert_eq!(prompt.waits(), counted);
+        prompt.may_wait();
+        assert!(prompt.waits() > counted);
+        prompt.judge_write(now, Duration::from_millis(30), Some(|| false));
+        assert_eq!(prompt.waits.get(), None);
     }
 
     #[test]

@@ -322,6 +322,7 @@ impl Engine for Threads {
     }
 
     fn submit_all(&self) -> io::Result<()> {
+        self.prompt.may_wait();
         let mut queue = self.queue.borrow_mut();
         if queue.is_empty() { Ok(()) } else { self.seen.pool().run(&mut queue) }
     }

@@ -378,6 +378,7 @@ impl Engine for Uring {
     }
 
     fn submit_all(&self) -> io::Result<()> {
+        self.prompt.may_wait();
         self.syncs.borrow_mut().drain(..).for_each(|key| self.dispatch(key));
         loop {
             self.fill();
