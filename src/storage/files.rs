@@ -61,6 +61,8 @@ pub(super) struct OpenFile {
     pub(super) limits: Limits,
     /// Bits of [`Lack`]: what turned out not to work on this file.
     lacks: AtomicU32,
+    /// An error of writing that no sync was told of; 0 for none.
+    lost: AtomicU32,
     /// A length that the file has at least, in bytes.
     length: AtomicU64,
     /// Discards of a block device must be multiples of this many bytes; 1 for a regular file.
@@ -89,6 +91,8 @@ pub(super) enum Lack {
     ReadCached = 8,
     /// Asking for space before it is written.
     Reserve = 16,
+    /// Beginning to write dirty pages.
+    WriteBack = 32,
 }
 
 impl OpenFile {
@@ -100,6 +104,17 @@ impl OpenFile {
     /// Remembers that `what` does not work, for good.
     pub(super) fn note_lack(&self, what: Lack) {
         self.lacks.fetch_or(what as u32, Ordering::Relaxed);
+    }
+
+    /// Remembers that something written before could not be brought to the disk.
+    pub(super) fn note_lost(&self, code: i32) {
+        self.lost.store(code.unsigned_abs(), Ordering::Relaxed);
+    }
+
+    /// What was remembered so, once.
+    pub(super) fn take_lost(&self) -> Option<io::Error> {
+        let code = self.lost.swap(0, Ordering::Relaxed);
+        (code != 0).then(|| io::Error::from_raw_os_error(code.cast_signed()))
     }
 
     /// Whether it is a block device.
@@ -242,8 +257,9 @@ impl Files {
         if self.options.direct {
             (limits.memory_alignment, limits.request_alignment) = direct_limits(&file, path)?;
         }
-        let (lacks, length) = (AtomicU32::new(0), AtomicU64::new(0));
-        let open = OpenFile { file, path: path.to_owned(), limits, lacks, length, block_size };
+        let (lacks, lost, length) = (AtomicU32::new(0), AtomicU32::new(0), AtomicU64::new(0));
+        let open =
+            OpenFile { file, path: path.to_owned(), limits, lacks, lost, length, block_size };
         let length = open.length().map_err(|error| failed("find the length", error))?;
         open.length.store(length, Ordering::Relaxed);
         let mut table = self.table.write().unwrap_or_else(std::sync::PoisonError::into_inner);

@@ -9,6 +9,7 @@
 pub mod appear;
 pub mod bounce;
 pub mod buf;
+mod early;
 #[cfg(test)]
 mod engine_tests;
 pub mod fault;

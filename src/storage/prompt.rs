@@ -139,6 +139,24 @@ impl Prompt {
         result
     }
 
+    /// Has the kernel begin with what a sync would write, without waiting for any of it. What
+    /// cannot be written is told by the next sync of the file.
+    pub(super) fn start_write_back(&self, open: &OpenFile) {
+        if open.lacks(Lack::WriteBack) {
+            return;
+        }
+        let start = Instant::now();
+        let result = sys::start_write_back(&open.file);
+        self.judge_sync(start, start.elapsed());
+        match result.map_err(|error| error.raw_os_error()) {
+            Ok(()) => {}
+            Err(Some(libc::EINVAL | libc::ENOSYS | libc::EPERM | libc::ESPIPE)) => {
+                open.note_lack(Lack::WriteBack);
+            }
+            Err(code) => open.note_lost(code.unwrap_or(libc::EIO)),
+        }
+    }
+
     fn judge_sync(&self, start: Instant, took: Duration) {
         if took > SLOW_SYNC {
             self.syncs_rest.set(Some(start + took + took * REST));

@@ -133,6 +133,17 @@ pub(super) fn fallocate(file: &File, mode: libc::c_int, at: u64, len: u64) -> io
     check(unsafe { libc::fallocate(file.as_raw_fd(), mode, signed(at)?, signed(len)?) }).map(drop)
 }
 
+/// Begins to write the file's dirty pages, and waits for none. A later sync is told of failures of
+/// the disk all the same; one that is returned here it may not be told of.
+///
+/// # Errors
+/// What the kernel answered.
+pub(super) fn start_write_back(file: &File) -> io::Result<()> {
+    let (fd, how) = (file.as_raw_fd(), libc::SYNC_FILE_RANGE_WRITE);
+    // SAFETY: only integers are passed.
+    check(unsafe { libc::sync_file_range(fd, 0, 0, how) }).map(drop)
+}
+
 /// The first byte from `at` on that is data, or with `hole` that is in a hole; `None` when there is
 /// none. The end of a file counts as a hole.
 ///
