@@ -202,7 +202,7 @@ fn an_ignored_discard_changes_nothing_but_must_lie_on_the_disk() {
 #[test]
 fn a_discard_of_the_whole_disk_lets_reads_through() {
     use std::pin::pin;
-    use std::task::{Context, Poll, Waker};
+    use std::task::{Context, Waker};
 
     let disk = MemDisk::new();
     // A table of 512 bytes has the entries of 32 KiB, all of which are in memory after the write.
@@ -215,7 +215,7 @@ fn a_discard_of_the_whole_disk_lets_reads_through() {
     let mut context = Context::from_waker(Waker::noop());
     let mut discard = pin!(image.discard(&engine, GuestOffset(0), size));
     let mut let_through = 0;
-    while let Poll::Pending = discard.as_mut().poll(&mut context) {
+    while discard.as_mut().poll(&mut context).is_pending() {
         assert!(!engine.is_busy(), "the tables are in memory");
         let last = Buf::zeroed(512);
         let read = image.read(&engine, GuestOffset(size - 512), last.clone());
