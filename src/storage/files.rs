@@ -517,6 +517,22 @@ mod tests {
     }
 
     #[test]
+    fn reading_an_image_does_not_change_when_it_was_read() {
+        let file = tempfile::NamedTempFile::new().expect("a file");
+        std::fs::write(file.path(), [1; 4096]).expect("write");
+        // So long ago that the file system would note the next read.
+        let long_ago = fs::FileTimes::new().set_accessed(std::time::UNIX_EPOCH);
+        file.as_file().set_times(long_ago).expect("a time");
+        let files = Files::new(Options::default());
+        let id = files.open(file.path(), WRITABLE).expect("open").id;
+        let engine = host::engine(host::Aio::Auto, &files, 0).expect("an engine");
+        let op = Op::Read { at: HostOffset(0), buf: Buf::zeroed(4096) };
+        block_on(&*engine, engine.submit(id, Purpose::GuestRead, op)).expect("read");
+        let accessed = fs::metadata(file.path()).expect("metadata").atime();
+        assert_eq!(accessed, 0);
+    }
+
+    #[test]
     fn without_syncs_a_sync_is_answered_at_once() {
         let file = tempfile::NamedTempFile::new().expect("a file");
         for aio in [host::Aio::Auto, host::Aio::Threads] {

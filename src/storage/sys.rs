@@ -17,7 +17,9 @@ fn signed(value: u64) -> io::Result<libc::off_t> {
     libc::off_t::try_from(value).map_err(|_| io::Error::from_raw_os_error(libc::EFBIG))
 }
 
-/// Makes calls on `file` block, and go around the page cache if `direct`.
+/// Makes calls on `file` block, and go around the page cache if `direct`. When it was read last is
+/// not kept if this process may decide so, as its owner may: asking whether that is to be written
+/// takes a part of every cached read.
 ///
 /// # Errors
 /// `EINVAL` when the file system cannot do direct I/O.
@@ -27,7 +29,12 @@ pub(super) fn set_blocking(file: &File, direct: bool) -> io::Result<()> {
     let wanted =
         (flags & !(libc::O_NONBLOCK | libc::O_DIRECT)) | if direct { libc::O_DIRECT } else { 0 };
     // SAFETY: F_SETFL takes one integer.
-    check(unsafe { libc::fcntl(file.as_raw_fd(), libc::F_SETFL, wanted) }).map(drop)
+    let set =
+        |flags: libc::c_int| check(unsafe { libc::fcntl(file.as_raw_fd(), libc::F_SETFL, flags) });
+    match set(wanted | libc::O_NOATIME) {
+        Err(error) if error.raw_os_error() == Some(libc::EPERM) => set(wanted).map(drop),
+        answer => answer.map(drop),
+    }
 }
 
 /// A file of zeros in memory that can be passed to other processes and never changes its length: a
