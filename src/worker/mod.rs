@@ -41,7 +41,7 @@ pub const TASKS: usize = 256;
 
 /// How many tasks are polled at most before what they have done is published. A guest that keeps
 /// some thirty requests under way is back with the first of them before the last are done: told of
-/// half at a time it was late where waking it takes tens of microseconds, and we had to wait for it.
+/// half at a time it was late where waking it takes tens of microseconds, and we waited for it.
 const PORTION_TASKS: u32 = 8;
 /// After how many bytes, though the tasks be fewer. They count when a request begins, which is when
 /// it ends if the page cache has them.
