@@ -1,9 +1,9 @@
 //! Whose turn it is to flush: a group commit over all workers.
 //!
-//! Whoever comes while a flush is under way cannot use it, since it may have copied the tables
-//! already; all who come then wait for the next one, which one of them runs for all of them. Before
-//! it begins, all others who are ready to run do so once: a guest that has sent several flushes at
-//! a time wants one.
+//! Whoever comes while a flush is under way cannot use it, since its sync may have begun, or its
+//! copy of the tables been made; all who come then wait for the next one, which one of them runs
+//! for all of them. Before it begins, all others who are ready to run do so once: a guest that has
+//! sent several flushes at a time wants one.
 
 use std::future::Future;
 use std::pin::Pin;

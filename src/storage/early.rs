@@ -2,117 +2,161 @@
 //!
 //! A guest that makes a few writes durable at a time, as databases do, sends its flush when it has
 //! been told of the writes: until then the disk has nothing to do. Where a few writes and a flush
-//! have followed each other lately, the next few writes are started as soon as the worker has
-//! nothing else to do, and the flush waits for the rest of their way only. A guess that turns out
-//! wrong costs the writing of no more than [`A_FEW`] bytes, most of which was to come anyway.
+//! have followed each other lately, the next few writes are started as soon as a worker has nothing
+//! else to do, and the flush waits for the rest of their way only. A guess that turns out wrong
+//! costs the writing of [`A_FEW`] bytes, which the kernel would have begun some seconds later.
+//!
+//! A start may fail, and the kernel need not tell a later sync of that. So a start and a sync of
+//! one file never overlap, and once a start has lost something all syncs fail that begin later:
+//! none says that bytes are durable which are nowhere.
 
-use std::cell::RefCell;
+use std::io;
 
-use super::FileId;
+use crate::sync::{AtomicU32, AtomicU64, Mutex, Ordering, lock};
 
-/// The most bytes between two syncs of one file for which its writes are started early.
+/// The most bytes between two syncs for which writes are started early.
 const A_FEW: u64 = 256 << 10;
 /// How many syncs in a row must have come after so few bytes.
-const IN_A_ROW: u8 = 4;
+const IN_A_ROW: u32 = 4;
 
-/// What one engine has seen of one file.
-#[derive(Debug, Default)]
-struct Seen {
-    /// Bytes written since the last sync.
-    written: u64,
-    /// Some of them have not been started.
-    waiting: bool,
-    /// Syncs in a row that came after a few bytes.
-    row: u8,
-}
-
-/// What one engine expects of its files' next syncs.
+/// What is known of the syncs of one file, by all engines together.
 #[derive(Debug, Default)]
 pub(super) struct Early {
-    files: RefCell<Vec<Seen>>,
+    /// Bytes written since the last sync began.
+    written: AtomicU64,
+    /// Syncs in a row that came after a few bytes.
+    row: AtomicU32,
+    /// Held during a start.
+    calls: Mutex<Calls>,
+}
+
+#[derive(Debug, Default)]
+struct Calls {
+    /// Syncs under way.
+    syncs: u32,
+    /// Whether this kind of file can be started at all, once that is known.
+    works: Option<bool>,
+    /// The error of a start that may have lost something.
+    lost: Option<i32>,
 }
 
 impl Early {
-    fn with<T>(&self, file: FileId, change: impl FnOnce(&mut Seen) -> T) -> T {
-        let index = usize::try_from(file.0).expect("an index of the table of files");
-        let mut files = self.files.borrow_mut();
-        if files.len() <= index {
-            files.resize_with(index + 1, Seen::default);
+    /// Says that so many bytes were written.
+    pub(super) fn wrote(&self, len: u64) {
+        self.written.fetch_add(len, Ordering::Relaxed);
+    }
+
+    /// Whether a few bytes were written and a sync of them is expected.
+    fn is_due(&self) -> bool {
+        (1..=A_FEW).contains(&self.written.load(Ordering::Relaxed))
+            && self.row.load(Ordering::Relaxed) >= IN_A_ROW
+    }
+
+    /// Starts what was written if a sync is expected and none is under way; `call` does it.
+    pub(super) fn start(&self, call: impl FnOnce() -> io::Result<()>) {
+        if !self.is_due() {
+            return;
         }
-        change(&mut files[index])
-    }
-
-    /// Says that so many bytes of a file were written to the page cache.
-    pub(super) fn wrote(&self, file: FileId, len: u64) {
-        self.with(file, |seen| {
-            seen.written = seen.written.saturating_add(len);
-            if seen.written > A_FEW {
-                seen.row = 0;
-            }
-            seen.waiting = seen.row >= IN_A_ROW;
-        });
-    }
-
-    /// Says that a sync of a file begins.
-    pub(super) fn syncs(&self, file: FileId) {
-        self.with(file, |seen| {
-            if std::mem::take(&mut seen.written) > 0 {
-                seen.row = (seen.row + 1).min(IN_A_ROW);
-            }
-            seen.waiting = false;
-        });
-    }
-
-    /// Starts what is expected to be synced soon, with a call of `start` for each such file.
-    pub(super) fn start(&self, mut start: impl FnMut(FileId)) {
-        for (seen, index) in self.files.borrow_mut().iter_mut().zip(0..) {
-            if std::mem::take(&mut seen.waiting) {
-                start(FileId(index));
-            }
+        let Ok(mut calls) = self.calls.try_lock() else { return };
+        if calls.syncs > 0 || calls.works == Some(false) {
+            return;
         }
+        match call().map_err(|error| error.raw_os_error()) {
+            Ok(()) => calls.works = Some(true),
+            // Everything is as dirty as before.
+            Err(Some(libc::EINTR | libc::EAGAIN | libc::ENOMEM)) => {}
+            Err(Some(libc::EINVAL | libc::ENOSYS | libc::EPERM | libc::ESPIPE))
+                if calls.works.is_none() =>
+            {
+                calls.works = Some(false);
+            }
+            Err(code) => calls.lost = calls.lost.or(code).or(Some(libc::EIO)),
+        }
+    }
+
+    /// Says that a sync begins; waits for a start under way. [`Early::sync_ended`] must follow.
+    pub(super) fn sync_begins(&self) {
+        let mut calls = lock(&self.calls);
+        calls.syncs += 1;
+        match self.written.swap(0, Ordering::Relaxed) {
+            0 => {}
+            1..=A_FEW => {
+                let more = (self.row.load(Ordering::Relaxed) + 1).min(IN_A_ROW);
+                self.row.store(more, Ordering::Relaxed);
+            }
+            _ => self.row.store(0, Ordering::Relaxed),
+        }
+    }
+
+    /// Says that a sync has ended with `result`; returns how it has ended in truth.
+    ///
+    /// # Errors
+    /// Those of the sync, and of starts before it.
+    pub(super) fn sync_ended(&self, result: io::Result<()>) -> io::Result<()> {
+        let mut calls = lock(&self.calls);
+        calls.syncs = calls.syncs.saturating_sub(1);
+        result.and(calls.lost.map_or(Ok(()), |code| Err(io::Error::from_raw_os_error(code))))
+    }
+
+    #[cfg(test)]
+    pub(super) fn has_started(&self) -> bool {
+        lock(&self.calls).works == Some(true)
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::sync::mpsc;
+    use std::thread;
+    use std::time::Duration;
+
     use super::*;
 
-    const FILE: FileId = FileId(1);
-
-    fn started(early: &Early) -> Vec<FileId> {
-        let mut files = Vec::new();
-        early.start(|file| files.push(file));
-        files
+    fn starts(early: &Early) -> bool {
+        let mut started = false;
+        early.start(|| {
+            started = true;
+            Ok(())
+        });
+        started
     }
 
-    /// An engine whose guest flushes after every few writes.
+    fn sync(early: &Early) -> Option<i32> {
+        early.sync_begins();
+        early.sync_ended(Ok(())).err().and_then(|error| error.raw_os_error())
+    }
+
+    fn fail(early: &Early, code: i32) {
+        early.wrote(4096);
+        early.start(|| Err(io::Error::from_raw_os_error(code)));
+    }
+
+    /// A file whose guest flushes after every few writes.
     fn trained() -> Early {
         let early = Early::default();
         for _ in 0..IN_A_ROW {
-            early.wrote(FILE, 4096);
-            assert!(started(&early).is_empty(), "not known yet");
-            early.syncs(FILE);
+            early.wrote(4096);
+            assert!(!starts(&early), "not known yet");
+            assert_eq!(sync(&early), None);
         }
         early
     }
 
     #[test]
-    fn a_few_writes_before_the_next_sync_are_started_once() {
+    fn a_few_writes_before_the_next_sync_are_started() {
         let early = trained();
-        assert!(started(&early).is_empty(), "nothing was written");
-        early.wrote(FILE, 4096);
-        early.wrote(FILE, 4096);
-        assert_eq!(started(&early), [FILE]);
-        assert!(started(&early).is_empty());
-        early.wrote(FILE, 4096);
-        assert_eq!(started(&early), [FILE], "more of them");
-        early.wrote(FILE, 4096);
-        early.syncs(FILE);
-        assert!(started(&early).is_empty(), "the sync does it");
-        // One of nothing says nothing new.
-        early.syncs(FILE);
-        early.wrote(FILE, 4096);
-        assert_eq!(started(&early), [FILE]);
+        assert!(!starts(&early), "nothing was written");
+        early.wrote(4096);
+        early.wrote(4096);
+        assert!(starts(&early));
+        early.sync_begins();
+        early.wrote(4096);
+        assert!(!starts(&early), "a sync is under way");
+        early.sync_ended(Ok(())).expect("a sync");
+        assert!(starts(&early));
+        assert_eq!((sync(&early), sync(&early)), (None, None), "the second is one of nothing");
+        early.wrote(4096);
+        assert!(starts(&early), "which says nothing new");
     }
 
     #[test]
@@ -120,20 +164,72 @@ mod tests {
         let early = trained();
         let mut bytes = 0;
         for _ in 0..10_000 {
-            early.wrote(FILE, 4096);
-            bytes += 4096 * started(&early).len() as u64;
+            early.wrote(4096);
+            bytes += 4096 * u64::from(starts(&early));
         }
         assert_eq!(bytes, A_FEW);
-        early.syncs(FILE);
-        early.wrote(FILE, 4096);
-        assert!(started(&early).is_empty(), "it has to be seen again");
+        for _ in 0..=IN_A_ROW {
+            assert_eq!(sync(&early), None);
+            early.wrote(4096);
+        }
+        assert!(starts(&early), "four small syncs after the large one");
         // One that writes much between its flushes gains nothing.
         let busy = Early::default();
         for _ in 0..100 {
-            busy.wrote(FILE, A_FEW + 1);
-            busy.wrote(FILE, 4096);
-            assert!(started(&busy).is_empty());
-            busy.syncs(FILE);
+            busy.wrote(A_FEW + 1);
+            assert!(!starts(&busy));
+            assert_eq!(sync(&busy), None);
+            busy.wrote(4096);
+            assert!(!starts(&busy));
         }
+    }
+
+    #[test]
+    fn after_a_loss_no_sync_says_that_all_is_well() {
+        for code in [libc::EIO, libc::ENOSPC, libc::EDQUOT] {
+            let early = trained();
+            fail(&early, code);
+            assert_eq!((sync(&early), sync(&early)), (Some(code), Some(code)));
+        }
+        let early = trained();
+        early.sync_begins();
+        let own = early.sync_ended(Err(io::Error::from_raw_os_error(libc::EROFS)));
+        assert_eq!(own.expect_err("its own").raw_os_error(), Some(libc::EROFS));
+    }
+
+    #[test]
+    fn what_may_be_tried_again_is_no_loss_and_what_never_works_is_not_tried() {
+        let early = trained();
+        for code in [libc::EINTR, libc::EAGAIN, libc::ENOMEM] {
+            fail(&early, code);
+            assert_eq!(sync(&early), None);
+        }
+        fail(&early, libc::EINVAL);
+        assert_eq!(sync(&early), None);
+        early.wrote(4096);
+        assert!(!starts(&early), "this kind of file has no such thing");
+        let early = trained();
+        early.wrote(4096);
+        assert!(starts(&early));
+        fail(&early, libc::EINVAL);
+        assert_eq!(sync(&early), Some(libc::EINVAL), "it has worked before");
+    }
+
+    #[test]
+    fn a_sync_beside_a_start_that_fails_is_told() {
+        let early = trained();
+        early.wrote(4096);
+        let (begun, begins) = mpsc::channel();
+        thread::scope(|scope| {
+            scope.spawn(|| {
+                early.start(|| {
+                    begun.send(()).expect("somebody waits");
+                    thread::sleep(Duration::from_millis(20));
+                    Err(io::Error::from_raw_os_error(libc::EIO))
+                });
+            });
+            begins.recv().expect("a start");
+            assert_eq!(sync(&early), Some(libc::EIO));
+        });
     }
 }

@@ -275,8 +275,8 @@ pub trait Engine: Storage {
     fn submit_all(&self) -> io::Result<()>;
 
     /// As [`Engine::submit_all`], for an owner that would sleep next: whatever it has to do waits
-    /// for what is submitted. A sync that is all that is under way may be carried out before this
-    /// returns, where syncs are known to be quick.
+    /// for what is submitted. Where syncs are known to be quick, one that is all that is under way
+    /// may be carried out before this returns, and writes that one will ask for soon are started.
     ///
     /// # Errors
     /// As [`Engine::submit_all`].

@@ -100,7 +100,10 @@ impl Plan {
                 file.note_resize(len, false);
                 (0, len, Stage::Truncate)
             }
-            Op::Sync => (0, 0, Stage::Sync),
+            Op::Sync => {
+                file.early.sync_begins();
+                (0, 0, Stage::Sync)
+            }
         };
         let nothing = self.left == 0 && !matches!(self.stage, Stage::Truncate | Stage::Sync);
         if self.at.checked_add(self.left).is_none_or(|end| i64::try_from(end).is_err()) {
@@ -111,12 +114,18 @@ impl Plan {
 
     /// Takes the result of the last call: how many bytes, or 0 for a call that transfers none.
     pub(super) fn resume(&mut self, file: &OpenFile, result: io::Result<usize>) -> Step {
-        match result {
+        let step = match result {
             Ok(count) => self.advance(file, count),
             Err(error) if matches!(error.raw_os_error(), Some(libc::EINTR | libc::EAGAIN)) => {
                 self.call(file)
             }
             Err(error) => self.fall_back(file, error),
+        };
+        match step {
+            Step::Done(result) if self.stage == Stage::Sync => {
+                Step::Done(file.early.sync_ended(result))
+            }
+            step => step,
         }
     }
 
@@ -218,6 +227,9 @@ impl Plan {
         }
         self.at += count as u64;
         self.left -= count as u64;
+        if self.stage != Stage::Read {
+            file.early.wrote(count as u64);
+        }
         if self.left > 0 {
             // Direct I/O stops in the middle of a block only at the end of the file, and a call
             // from there on would be refused.

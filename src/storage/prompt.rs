@@ -18,7 +18,7 @@
 //! A sync always waits for the disk. But a worker that could only sleep until it is over may as
 //! well make it itself: nobody is woken to make it, and nobody to take its answer, which on a quick
 //! disk takes longer than the sync. What comes meanwhile waits for it, so it is done only while
-//! syncs are quick.
+//! syncs are quick; so are the starts of [`early`](super::early).
 
 use std::cell::Cell;
 use std::io;
@@ -139,22 +139,17 @@ impl Prompt {
         result
     }
 
-    /// Has the kernel begin with what a sync would write, without waiting for any of it. What
-    /// cannot be written is told by the next sync of the file.
+    /// Has the kernel begin with what a sync is expected to write, without waiting for any of it.
     pub(super) fn start_write_back(&self, open: &OpenFile) {
-        if open.lacks(Lack::WriteBack) {
+        if !self.tries_sync() {
             return;
         }
-        let start = Instant::now();
-        let result = sys::start_write_back(&open.file);
-        self.judge_sync(start, start.elapsed());
-        match result.map_err(|error| error.raw_os_error()) {
-            Ok(()) => {}
-            Err(Some(libc::EINVAL | libc::ENOSYS | libc::EPERM | libc::ESPIPE)) => {
-                open.note_lack(Lack::WriteBack);
-            }
-            Err(code) => open.note_lost(code.unwrap_or(libc::EIO)),
-        }
+        open.early.start(|| {
+            let start = Instant::now();
+            let result = sys::start_write_back(&open.file);
+            self.judge_sync(start, start.elapsed());
+            result
+        });
     }
 
     fn judge_sync(&self, start: Instant, took: Duration) {
@@ -212,7 +207,7 @@ impl Prompt {
     }
 
     /// How often this thread has waited. Asking is a system call, so it is done once for all the
-    /// writes of a turn.
+    /// writes of a turn: what has waited meanwhile, though it was quick, counts for a slow one.
     fn waits(&self) -> i64 {
         let count = self.waits.get().unwrap_or_else(waits);
         self.waits.set(Some(count));
@@ -224,8 +219,8 @@ impl Prompt {
         self.waits.set(None);
     }
 
-    /// Draws conclusions from the time that a write took; `waited` says whether it gave the
-    /// processor away, if it was watched.
+    /// Draws conclusions from the time that a write took; `waited` says whether the processor was
+    /// given away, if that was watched.
     fn judge_write(&self, start: Instant, took: Duration, waited: Option<impl FnOnce() -> bool>) {
         if took <= SLOW {
             return;

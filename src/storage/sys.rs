@@ -17,13 +17,13 @@ fn signed(value: u64) -> io::Result<libc::off_t> {
     libc::off_t::try_from(value).map_err(|_| io::Error::from_raw_os_error(libc::EFBIG))
 }
 
-/// Makes calls on `file` block, and go around the page cache if `direct`. When it was read last is
-/// not kept if this process may decide so, as its owner may: asking whether that is to be written
-/// takes a part of every cached read.
+/// Makes calls on `file` block, and go around the page cache if `direct`. Where this process may
+/// say so, as the file's owner may, reads do not touch the time of the last access: asking whether
+/// it must be written takes a part of every cached read.
 ///
 /// # Errors
 /// `EINVAL` when the file system cannot do direct I/O.
-pub(super) fn set_blocking(file: &File, direct: bool) -> io::Result<()> {
+pub(super) fn set_flags(file: &File, direct: bool) -> io::Result<()> {
     // SAFETY: F_GETFL takes no argument, and the descriptor is open as long as `file` lives.
     let flags = check(unsafe { libc::fcntl(file.as_raw_fd(), libc::F_GETFL) })?;
     let wanted =
@@ -140,8 +140,9 @@ pub(super) fn fallocate(file: &File, mode: libc::c_int, at: u64, len: u64) -> io
     check(unsafe { libc::fallocate(file.as_raw_fd(), mode, signed(at)?, signed(len)?) }).map(drop)
 }
 
-/// Begins to write the file's dirty pages, and waits for none. A later sync is told of failures of
-/// the disk all the same; one that is returned here it may not be told of.
+/// Begins to write the file's dirty pages, and waits for none of them, but perhaps for the disk to
+/// take them. A later sync is told of failures of the disk all the same; of one that is returned
+/// here it may not be.
 ///
 /// # Errors
 /// What the kernel answered.
